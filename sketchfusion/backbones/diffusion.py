@@ -1,0 +1,237 @@
+"""Diffusion backbone: the VAE's encoder, and our short loop over the UNet's own blocks at one fixed timestep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor, nn
+
+from ..errors import LoadError
+from ..hub import Location
+from . import shared_copy
+
+Hook = Callable[[Tensor], Tensor]
+
+# What a UNet may be conditioned on besides the timestep and the prompt: nothing that we could give it.
+_FOREIGN_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+
+
+class DiffusionBackbone(nn.Module):
+    """Frozen Stable Diffusion 1.x or 2.x: image -> latents -> noised latents -> maps at the tapped blocks.
+
+    The UNet runs once, at `timestep`, under the null prompt, and stops after the last tap. The decoder and the
+    blocks behind the last tap are freed. Nothing here ever gets a gradient or enters training mode.
+
+    Args:
+        vae: diffusers' `AutoencoderKL`.
+        unet: diffusers' `UNet2DConditionModel`.
+        alpha_bar: ᾱ at the timestep, from the scheduler's configuration.
+        null_prompt: (L, cross_attention_dim), the text encoder's output for the empty prompt.
+        taps: blocks whose output is returned.
+        timestep: the one step of the diffusion process.
+        noise_seed: noise n_j is drawn from seed `noise_seed` + j.
+        mean, std: pixels in [0, 1] become (pixels - mean) / std before the VAE.
+    """
+
+    null_prompt: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        vae: Any,
+        unet: Any,
+        *,
+        alpha_bar: float,
+        null_prompt: Tensor,
+        taps: Collection[str],
+        timestep: int = 195,
+        noise_seed: int = 0,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    ):
+        super().__init__()
+        if null_prompt.shape[-1] != unet.config.cross_attention_dim:
+            raise LoadError(
+                f"the null prompt is {null_prompt.shape[-1]} wide and this UNet attends to "
+                f"{unet.config.cross_attention_dim}: the checkpoint was built for another Stable Diffusion"
+            )
+        self.vae, self.unet = vae, unet
+        self.alpha_bar, self.timestep, self.noise_seed = alpha_bar, timestep, noise_seed
+        self.taps = tuple(taps)
+        self.register_buffer("null_prompt", null_prompt.to(unet.dtype), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self._free_what_never_runs()
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.unet.conv_in.weight.dtype
+
+    def blocks(self) -> list[nn.Module]:
+        """The UNet's blocks that run, in order of execution."""
+        unet = self.unet
+        return [*unet.down_blocks, *([unet.mid_block] if unet.mid_block is not None else []), *unet.up_blocks]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, S, S) in [0, 1] -> clean scaled latents (N, 4, S/8, S/8): the posterior's mode."""
+        inputs = ((pixels - self.mean) / self.std).to(self.dtype)
+        return self.vae.encode(inputs).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def add_noise(self, latents: Tensor, member: int) -> Tensor:
+        """Noise clean latents (N, 4, h, w) to the timestep with ensemble member 2j or 2j+1: +n_j or -n_j.
+
+        The noise is drawn in float32 on the CPU: the same for every image, batch size and device.
+        """
+        generator = torch.Generator().manual_seed(self.noise_seed + member // 2)
+        noise = torch.randn(latents.shape[1:], generator=generator).to(latents.device)
+        signed = noise if member % 2 == 0 else -noise
+        noised = self.alpha_bar**0.5 * latents.float() + (1 - self.alpha_bar) ** 0.5 * signed
+        return noised.to(latents.dtype)
+
+    def forward(
+        self,
+        noised: Tensor,
+        hooks: Mapping[str, Hook],
+        *,
+        inject_skips: bool,
+        prompt: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Run the UNet's blocks up to the last tap, calling the hook of each site on the block's output.
+
+        Args:
+            noised: (N, 4, h, w), noised latents.
+            hooks: a function for each site; what it returns goes on in place of the block's output.
+            inject_skips: whether the last skip of a down block, which is the block's output, goes through the
+                hook as well. The released script adds in place, so there it does.
+            prompt: (N, L, cross_attention_dim); the null prompt if not given.
+
+        Returns:
+            The map (N, C, h_b, w_b) of every tapped block, after its hook.
+        """
+        unet = self.unet
+        if prompt is None:
+            prompt = self.null_prompt.expand(len(noised), -1, -1)
+        timesteps = torch.full((len(noised),), self.timestep, device=noised.device)
+        embedding = unet.time_embedding(unet.time_proj(timesteps).to(noised.dtype))
+        context = {"temb": embedding, "encoder_hidden_states": prompt}
+        tapped: dict[str, Tensor] = {}
+
+        def visit(name: str, hidden: Tensor) -> Tensor:
+            hidden = hooks[name](hidden) if name in hooks else hidden
+            if name in self.taps:
+                tapped[name] = hidden
+            return hidden
+
+        hidden = unet.conv_in(noised)
+        skips = [hidden]
+        for i, block in enumerate(unet.down_blocks):
+            hidden, outputs = block(hidden, **_accepted(block, context))
+            hidden = visit(f"down{i}", hidden)
+            skips += [*outputs[:-1], hidden] if inject_skips else outputs
+        if unet.mid_block is not None:
+            hidden = visit("mid", unet.mid_block(hidden, **context))
+        for i, block in enumerate(unet.up_blocks):
+            count = len(block.resnets)
+            residuals, skips = tuple(skips[-count:]), skips[:-count]
+            # Latents that 8 does not divide: the next skip says how large the upsampled map has to be.
+            size = skips[-1].shape[-2:] if block.upsamplers is not None else None
+            hidden = block(hidden, residuals, upsample_size=size, **_accepted(block, context))
+            hidden = visit(f"up{i}", hidden)
+        return tapped
+
+    def _free_what_never_runs(self) -> None:
+        self.vae.decoder = self.vae.post_quant_conv = None
+        unet = self.unet
+        blocks = list(block_widths(unet))
+        last = max(blocks.index(tap) for tap in self.taps)
+        kept = blocks[: last + 1]
+        unet.down_blocks = unet.down_blocks[: sum(name.startswith("down") for name in kept)]
+        unet.up_blocks = unet.up_blocks[: sum(name.startswith("up") for name in kept)]
+        if "mid" not in kept:
+            unet.mid_block = None
+        unet.conv_norm_out = unet.conv_act = unet.conv_out = None
+
+
+def _accepted(block: nn.Module, context: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Blocks without cross attention take no prompt."""
+    return context if getattr(block, "has_cross_attention", False) else {"temb": context["temb"]}
+
+
+def block_widths(unet: Any) -> dict[str, int]:
+    """Output channels of every block that can be a site or a tap, in order of execution."""
+    widths = list(unet.config.block_out_channels)
+    return (
+        {f"down{i}": width for i, width in enumerate(widths)}
+        | {"mid": widths[-1]}
+        | {f"up{i}": width for i, width in enumerate(reversed(widths))}
+    )
+
+
+def load(origin: Location | Any, dtype: torch.dtype, variant: str | None) -> tuple[Any, Any, Any]:
+    """VAE, UNet and scheduler from a location in diffusers' layout, or from a loaded pipeline (copied, not touched).
+
+    Raises:
+        LoadError: something is missing, not safetensors, corrupt, or a UNet of another family.
+    """
+    if isinstance(origin, Location):
+        vae = origin.inside("vae").load(AutoencoderKL, torch_dtype=dtype, variant=variant)
+        unet = origin.inside("unet").load(UNet2DConditionModel, torch_dtype=dtype, variant=variant)
+        scheduler = DDPMScheduler.from_config(
+            json.loads(origin.file("scheduler/scheduler_config.json").read_text())
+        )
+    else:
+        vae, unet = (shared_copy(module).to(dtype) for module in (origin.vae, origin.unet))
+        scheduler = origin.scheduler
+    for key in _FOREIGN_CONDITIONS:
+        if unet.config.get(key) is not None:
+            raise LoadError(f"this UNet is conditioned by {key}; Stable Diffusion 1.x and 2.x are supported")
+    return vae, unet, scheduler
+
+
+def make_null_prompt(origin: Location | Any) -> Tensor:
+    """(L, cross_attention_dim): the text encoder's output for the empty prompt, in float32.
+
+    Run once, when a checkpoint is first built; afterwards the embedding is part of the checkpoint.
+
+    Raises:
+        LoadError: the source has no `text_encoder` or no `tokenizer`.
+    """
+    if isinstance(origin, Location):
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        encoder = origin.inside("text_encoder").load(CLIPTextModel, dtype=torch.float32)
+        tokenizer = origin.inside("tokenizer").load_tokenizer(CLIPTokenizer)
+    else:
+        encoder, tokenizer = shared_copy(origin.text_encoder).float(), origin.tokenizer
+    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    with torch.no_grad():
+        prompt: Tensor = encoder.eval()(tokens.input_ids.to(encoder.device)).last_hidden_state[0]
+    return prompt.cpu()
+
+
+def save_complete(origin: Location | Any, target: Path, variant: str | None) -> None:
+    """Write the whole VAE and UNet and the scheduler's configuration, in diffusers' layout, into `target`.
+
+    From the origin, since what never runs was freed after loading.
+    """
+    if isinstance(origin, Location):
+        for part in ("vae", "unet"):
+            origin.inside(part).copy_model(target / part, variant=variant)
+        origin.inside("scheduler").copy_model(target / "scheduler", marker="scheduler_config.json")
+    else:
+        for part in ("vae", "unet", "scheduler"):
+            getattr(origin, part).save_pretrained(target / part)

@@ -1,0 +1,120 @@
+"""Semantic backbone: CLIP's vision tower, or any other vision transformer that transformers knows -> token grid."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from ..config import CLIP_MEAN, CLIP_STD
+from ..errors import ConfigError, LoadError
+from ..hub import Location
+from . import shared_copy
+
+Triple = tuple[float, float, float]
+
+
+class SemanticBackbone(nn.Module):
+    """Frozen vision transformer: image -> the patch tokens of `hidden_states[-1]` (for CLIP: before the last norm).
+
+    Args:
+        model: a transformers vision model.
+        image_size: side of the canvas it sees, pixels; patches of the model's `patch_size` tile it.
+        mean, std: pixels in [0, 1] become (pixels - mean) / std.
+
+    Raises:
+        ConfigError: `image_size` is no multiple of the patch size, or the model has no patches.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, *, image_size: int, mean: Triple, std: Triple):
+        super().__init__()
+        patch = getattr(model.config, "patch_size", None)
+        if not isinstance(patch, int):
+            raise LoadError(f"{type(model).__name__} has no patch_size: the semantic backbone is a vision transformer")
+        if image_size % patch:
+            raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
+        self.model, self.image_size, self.grid = model, image_size, image_size // patch
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        # Models that do not adapt their positions to the canvas by themselves take a keyword for it.
+        adapts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        native = getattr(model.config, "image_size", image_size) == image_size
+        self._arguments = {"interpolate_pos_encoding": True} if adapts and not native else {}
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return int(self.model.config.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, S, S) in [0, 1], any S -> token grid (N, width, t, t), t = image_size / patch size."""
+        if pixels.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        inputs = ((pixels - self.mean) / self.std).to(self.dtype)
+        hidden = self.model(inputs, output_hidden_states=True, **self._arguments).hidden_states[-1]
+        if hidden.shape[1] < self.grid**2:
+            raise LoadError(
+                f"{type(self.model).__name__} returns {hidden.shape[1]} tokens for {self.grid}×{self.grid} patches: "
+                "the semantic backbone has to be a plain vision transformer"
+            )
+        # Special tokens (CLS, registers, distillation) come first, whatever their number.
+        patches = hidden[:, -(self.grid**2) :]
+        return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+
+def load(origin: Location | nn.Module, dtype: torch.dtype) -> Any:
+    """The vision model from a location in transformers' layout, or from a loaded module (copied, not touched).
+
+    Of a model with a text tower, only the vision tower is built.
+
+    Raises:
+        LoadError: not a model transformers knows; something is missing, not safetensors or corrupt.
+    """
+    if isinstance(origin, Location):
+        origin.file("config.json")
+        with origin.explained("config.json"):
+            config = AutoConfig.from_pretrained(
+                origin.source, subfolder=origin.folder, **origin.hub_arguments()
+            )
+        return origin.load(AutoModel, config=getattr(config, "vision_config", config), dtype=dtype)
+    model: Any = shared_copy(origin)
+    return (model.vision_model if hasattr(model.config, "vision_config") else model).to(dtype)
+
+
+def published_normalisation(origin: Location | nn.Module) -> tuple[Triple, Triple] | None:
+    """Mean and standard deviation from `preprocessor_config.json`; CLIP's for a loaded CLIP; else None."""
+    if isinstance(origin, Location):
+        try:
+            values = json.loads(origin.file("preprocessor_config.json").read_text())
+        except LoadError:
+            return None
+        return tuple(values["image_mean"]), tuple(values["image_std"])
+    return (CLIP_MEAN, CLIP_STD) if origin.config.model_type.startswith("clip") else None
+
+
+def save_complete(origin: Location | Any, target: Path, variant: str | None) -> None:
+    """Write the model in transformers' layout into `target`."""
+    if isinstance(origin, Location):
+        origin.copy_model(target, variant=variant)
+    else:
+        origin.save_pretrained(target)

