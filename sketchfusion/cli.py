@@ -70,7 +70,9 @@ def encode(
     images the good ones are written, each bad one gets a line on stderr, and the exit code is 2.
     """
     if out is not None and not out.resolve().parent.is_dir():
-        raise ConfigError("--out", f"the folder {out.parent} does not exist", legal="a file in a folder that does")
+        raise ConfigError(
+            "--out", f"the folder {out.parent} does not exist", legal="a file in a folder that does"
+        )
     if out is not None and out.is_dir():
         raise ConfigError("--out", f"{out} is a folder", legal="a file")
 
@@ -108,11 +110,11 @@ def encode(
 
 def readable(paths: list[str], read: list[str]) -> Iterator[ImageInput]:
     """Load the images one by one, complain about the bad ones, and append the paths of the good ones to `read`."""
-    from .images import load_image
+    from .images import open_image
 
     for path in paths:
         try:
-            image = load_image(path)
+            image = open_image(path)
         except ImageError as error:
             complain(error)
             continue

@@ -67,7 +67,12 @@ class Config:
             if backbone.image_size < 8 or (name == "diffusion" and backbone.image_size % 8):
                 legal = "a positive multiple of 8" if name == "diffusion" else "8 or more"
                 raise ConfigError(f"{name}.image_size", f"is {backbone.image_size}", legal=legal)
-        for key, low in {"timestep": 0, "noise_seed": 0, "aggregator_grid": 1, "aggregator_groups": 1}.items():
+        for key, low in {
+            "timestep": 0,
+            "noise_seed": 0,
+            "aggregator_grid": 1,
+            "aggregator_groups": 1,
+        }.items():
             if getattr(self, key) < low:
                 raise ConfigError(key, f"is {getattr(self, key)}", legal=f"an integer from {low} up")
         check_ensemble(self.ensemble)
@@ -150,7 +155,7 @@ def unknown_key(key: str, known: typing.Iterable[str]) -> ConfigError:
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise ConfigError(prefix.rstrip(".") or "config.json", f"is {values!r}", legal="a JSON object")
+        raise ConfigError(prefix.rstrip(".") or "config.json", f"is {values!r}", legal=_describe(cls))
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -165,14 +170,21 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     """`value` as the type `hint` says, JSON lists becoming tuples; a ConfigError where it is not of that type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast(type, hint)) else _build(typing.cast(type, hint), value, key + ".")
+        return (
+            value
+            if isinstance(value, typing.cast(type, hint))
+            else _build(typing.cast(type, hint), value, key + ".")
+        )
     if origin is types.UnionType:
-        return None if value is None else _convert(value, arguments[0], key)
+        if value is None or isinstance(value, arguments[0]):  # only str or None
+            return value
     if origin is tuple and isinstance(value, list | tuple):
         variadic = arguments[-1] is Ellipsis
         if variadic or len(value) == len(arguments):
             inner = [arguments[0]] * len(value) if variadic else arguments
-            return tuple(_convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, inner, strict=True)))
+            return tuple(
+                _convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, inner, strict=True))
+            )
     elif origin is dict and isinstance(value, dict):
         return {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,10 +1,10 @@
 """Whatever a user has -> RGB on white -> tensor; the letterbox and its inverse.
 
-Every picture passes through 8-bit RGB on its way, whatever it came as, so that a file, its PIL image, its array in
-0..255 or in [0, 1] and its tensor all give the same pixels. Float images are thereby rounded to 1/255.
+Every picture passes through 8-bit RGB on its way, whatever it came as, so that a file, its PIL image, its
+array in 0..255 or in [0, 1] and its tensor all give the same pixels. Float images are thereby rounded to
+1/255.
 """
 
-import http.client
 import io
 import os
 import queue
@@ -42,8 +42,8 @@ URL_BYTES = 64 * 2**20
 class Geometry(NamedTuple):
     """Where an image lies on its square canvas: ints for one image, (N,) int64 tensors for a batch.
 
-    Two systems of coordinates, both x then y, continuous: original pixels, where the centre of the top-left pixel is
-    (0.5, 0.5), and the canvas, from (0, 0), its top-left corner, to (1, 1).
+    Two systems of coordinates, both x then y, continuous: original pixels, where the centre of the top-left
+    pixel is (0.5, 0.5), and the canvas, from (0, 0), its top-left corner, to (1, 1).
     """
 
     width: int | Tensor  # of the original image, in pixels, after EXIF rotation
@@ -61,16 +61,17 @@ class Geometry(NamedTuple):
     def mask(self, grid: int) -> Tensor:
         """Which cells of a grid x grid map count as image: bool (grid, grid), or (N, grid, grid) for a batch.
 
-        Those whose centre lies on the image. Where the image is so thin that it misses all the centres, those that
-        contain the image's middle; so one at least always counts.
+        Those whose centre lies on the image. Where the image is so thin that it misses all the centres, those
+        that contain the image's middle; so one at least always counts.
         """
         columns = _cells(self.left, self.inner_width, self.canvas, grid)
         rows = _cells(self.top, self.inner_height, self.canvas, grid)
         return rows[..., :, None] & columns[..., None, :]
 
     def to_canvas(self, points: Tensor) -> Tensor:
-        """Points in original pixels -> canvas. (P, 2) for one image; (P, 2), the same for all, or (N, P, 2) for a
-        batch, which gives (N, P, 2). The points' float type is kept, and float64 exact to 1e-9.
+        """Points in original pixels -> canvas, in the points' float type.
+
+        (P, 2) for one image; for a batch (P, 2), the same for all, or (N, P, 2), either giving (N, P, 2).
         """
         scale, offset = self._placement(points)
         return points * scale + offset
@@ -97,7 +98,8 @@ class Geometry(NamedTuple):
 def _cells(first: int | Tensor, extent: int | Tensor, canvas: int | Tensor, grid: int) -> Tensor:
     """Along one axis: which of `grid` cells count as image, (grid,) or (N, grid).
 
-    Lengths are multiplied by 2 * grid, which makes every edge and centre a whole number, and the comparisons exact.
+    Lengths are multiplied by 2 * grid, which makes every edge and centre a whole number, and the comparisons
+    exact.
     """
     first, extent, canvas = (torch.as_tensor(number)[..., None] for number in (first, extent, canvas))
     cell = torch.arange(grid, device=first.device)
@@ -117,16 +119,18 @@ def collate(geometries: Sequence[Geometry]) -> Geometry:
 class Preprocess:
     """An image -> ((3, S, S) float32 pixels in [0, 1], Geometry): the letterbox.
 
-    The aspect ratio is kept: the longer side becomes S, the shorter is rounded, 1 at least, centred, and the rest is
-    white. Resized by antialiased bicubic interpolation; Strokes are drawn at the size itself. Picklable and without
-    weights, so it works in DataLoader workers, whose collate function batches both.
+    The aspect ratio is kept: the longer side becomes S, the shorter is rounded, 1 at least, centred, and the
+    rest is white. Resized by antialiased bicubic interpolation; Strokes are drawn at the size itself.
+    Picklable and without weights, so it works in DataLoader workers, whose collate function batches both.
 
     Raises ConfigError where `size` is no positive multiple of 8; called, ImageError for what is no image.
     """
 
     def __init__(self, size: int):
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0 or size % 8:
-            raise ConfigError("size", f"{size!r} cannot be the side of a canvas", legal="a positive multiple of 8")
+            raise ConfigError(
+                "size", f"{size!r} cannot be the side of a canvas", legal="a positive multiple of 8"
+            )
         self.size = size
 
     def __call__(self, image: ImageInput) -> tuple[Tensor, Geometry]:
@@ -149,18 +153,24 @@ class Preprocess:
 def letterbox(width: int, height: int, canvas: int) -> Geometry:
     """The geometry of an image of `width` x `height` pixels, fitted and centred on a square canvas."""
     longer = max(width, height)
-    inner = [max(1, (2 * side * canvas + longer) // (2 * longer)) for side in (width, height)]  # rounded half up
-    left, top = ((canvas - side) // 2 for side in inner)
-    return Geometry(width, height, left, top, *inner, canvas)
+
+    def fitted(side: int) -> int:
+        return max(1, (2 * side * canvas + longer) // (2 * longer))  # rounded half up
+
+    inner_width, inner_height = fitted(width), fitted(height)
+    left, top = (canvas - inner_width) // 2, (canvas - inner_height) // 2
+    return Geometry(width, height, left, top, inner_width, inner_height, canvas)
 
 
 def as_stream(images: object) -> tuple[Iterator[ImageInput], bool]:
-    """What `encode` was given -> (its images, whether it was a single one). Iterators are not drawn from here.
+    """What `encode` was given -> (its images, whether it was a single one). Iterators are not drawn from
+    here.
 
-    A string, path, PIL image, Strokes, array or tensor is a single image; a tensor of four dimensions is the list of
-    its images. Any other iterable is one of images; whether each is one shows when it is opened.
+    A string, path, PIL image, Strokes, array or tensor is a single image; a tensor of four dimensions is the
+    list of its images. Any other iterable is one of images; whether each is one shows when it is opened.
 
-    Raises ImageError for what is neither: None, dicts, sets, bytes, open files, and arrays of four dimensions.
+    Raises ImageError for what is neither: None, dicts, sets, bytes, open files, and arrays of four
+    dimensions.
     """
     if isinstance(images, Tensor) and images.ndim == 4:
         return iter(images), False
@@ -181,11 +191,11 @@ def as_stream(images: object) -> tuple[Iterator[ImageInput], bool]:
 def open_image(image: ImageInput) -> Image.Image | Strokes:
     """The image as a person would see it on white paper, in mode "RGB"; Strokes and `.svg` files as Strokes.
 
-    Strings that begin with `http://` or `https://` are URLs, others paths (`~` is not expanded). Alpha is composited on
-    white, EXIF orientation is applied, files give their first frame and PIL images the frame they stand at. Greys of
-    more than 8 bits are scaled: 16-bit modes from 0..65535; mode I, which does not say its range, from 0..65535 unless
-    nothing is above 255; mode F likewise, and from [0, 1] where nothing is above 1. ICC profiles are not applied.
-    Arrays and tensors are uint8 in 0..255 or floats in [0, 1].
+    Strings that begin with `http://` or `https://` are URLs, others paths (`~` is not expanded). Alpha is
+    composited on white, EXIF orientation is applied, files give their first frame and PIL images the frame
+    they stand at. Greys of more than 8 bits are scaled: 16-bit modes from 0..65535; mode I, which does not
+    say its range, from 0..65535 unless nothing is above 255; mode F likewise, and from [0, 1] where nothing
+    is above 1. ICC profiles are not applied. Arrays and tensors are uint8 in 0..255 or floats in [0, 1].
 
     Raises ImageError, and nothing else, for whatever cannot be read.
     """
@@ -195,7 +205,7 @@ def open_image(image: ImageInput) -> Image.Image | Strokes:
                 raise ImageError("only http and https URLs are fetched", source=_shortened(image))
             return _from_url(image)
         case str() | os.PathLike():
-            return _from_path(Path(os.fsdecode(image)))
+            return _from_path(os.fsdecode(image))
         case Strokes():
             return image
         case Image.Image():
@@ -224,20 +234,21 @@ def _shortened(text: str) -> str:
 # Files and URLs
 
 
-def _from_path(path: Path) -> Image.Image | Strokes:
-    if path.suffix.lower() == ".ndjson":
+def _from_path(path: str) -> Image.Image | Strokes:
+    kind = os.path.splitext(path)[1].lower()
+    if kind == ".ndjson":
         raise ImageError(
             "a file of many drawings: give it to `extract`, or one of its lines to Strokes.from_quickdraw",
-            source=str(path),
+            source=path,
         )
-    if path.suffix.lower() == ".svg":
-        return Strokes.from_svg(path)
+    if kind == ".svg":
+        return Strokes.from_svg(Path(path))
     try:
         with open(path, "rb") as file:
-            return _decoded(file, str(path))
+            return _decoded(file, path)
     except (OSError, ValueError) as error:  # from open itself; ValueError: a null byte in the path
         problem = getattr(error, "strerror", None) or error
-        raise ImageError(f"cannot be read: {problem}", source=str(path)) from None
+        raise ImageError(f"cannot be read: {problem}", source=path) from None
 
 
 def _from_url(url: str) -> Image.Image | Strokes:
@@ -251,8 +262,10 @@ def _from_url(url: str) -> Image.Image | Strokes:
 
 
 def _downloaded(url: str) -> bytes:
-    """The body of an http(s) URL. A thread does the work, as nothing else bounds the time that looking up a name
-    or a dripping server may take; it is left behind where it is late, and ends at its next time-out.
+    """The body of an http(s) URL.
+
+    A thread does the work, as nothing else bounds the time that looking up a name or a dripping server may
+    take. It is left behind where it is late, and ends at its next time-out.
     """
     answers: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
@@ -275,6 +288,7 @@ def _downloaded(url: str) -> bytes:
         case TimeoutError() | urllib.error.URLError(reason=TimeoutError()):
             problem = f"no complete answer within {URL_SECONDS:g} seconds"
         case urllib.error.HTTPError():
+            answer.close()
             problem = f"the server answered HTTP {answer.code}: {answer.reason}"
         case urllib.error.URLError():
             problem = f"unreachable: {answer.reason}"
@@ -318,3 +332,133 @@ def _fetched(url: str) -> bytes:
             if time.monotonic() > deadline:
                 raise TimeoutError
     return bytes(body)
+
+
+# Pixels
+
+
+def _decoded(file: io.BufferedReader | io.BytesIO, source: str) -> Image.Image:
+    with _decoding(source):
+        opened = Image.open(file)
+        if opened.format == "EPS":  # Pillow would run Ghostscript on it
+            raise ImageError("PostScript is a program, and is not run; convert it to PNG or SVG")
+        return _on_white(opened)
+
+
+@contextmanager
+def _decoding(source: str) -> Iterator[None]:
+    """Turns whatever Pillow raises into an ImageError with the source, and silences what it warns of.
+
+    Everything is caught, as decoders raise anything over a damaged file, from SyntaxError to struct.error.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ImageError as error:
+        problem = error.problem
+    except UnidentifiedImageError:
+        problem = "not an image, or of a format that Pillow does not know"
+    except Image.DecompressionBombError as error:
+        problem = f"too large: {error}"
+    except Exception as error:
+        problem = f"cannot be decoded: {error or type(error).__name__}"
+    else:
+        return
+    raise ImageError(problem, source=source)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Any PIL image -> "RGB", upright, composited on white."""
+    image.load()
+    if 0 in image.size:
+        raise ImageError(f"it has no pixels: {image.width} x {image.height}")
+    turn = _TURNS.get(_orientation(image))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scaled_greys(image)
+    elif image.mode == "La":
+        image = image.convert("LA")  # the only mode that Pillow converts it to
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    image = image.convert("RGB")
+    return image.transpose(turn) if turn is not None else image
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none. Read after the pixels: some formats turn them on
+    loading.
+    """
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # damaged metadata; viewers show such images as they lie
+        return 1
+
+
+def _scaled_greys(image: Image.Image) -> Image.Image:
+    """Modes I;16, I and F -> "L", by the rule that `open_image` states."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        raise ImageError("it holds values that are not finite")
+    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    white = next((white for white in whites if high <= white), None)
+    if white is None or low < 0:
+        raise ImageError(f"its values go from {low:g} to {high:g}; mode {image.mode} is read in 0 to 65535")
+    transparent = image.info.get("transparency")  # one grey that stands for the paper, in 16-bit PNG
+    if isinstance(transparent, int):
+        values[values == transparent] = white
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    array = np.asarray(array)
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        hint = "; channels first make a tensor" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        raise ImageError(f"an array is (H, W), (H, W, 3) or (H, W, 4){hint}", source=_type_name(array))
+    return _from_levels(array, _type_name(array))
+
+
+def _from_tensor(tensor: Tensor) -> Image.Image:
+    source = _type_name(tensor)
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
+        hint = "; tensor[None] adds the channel" if tensor.ndim == 2 else ""
+        raise ImageError(f"a tensor is (1, H, W), (3, H, W) or (4, H, W){hint}", source=source)
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise ImageError("a sparse or meta tensor; pass a dense one", source=source)
+    values = tensor.detach().cpu()
+    if values.is_floating_point():
+        values = values.float()  # numpy has no bfloat16
+    array = values.permute(1, 2, 0).numpy()
+    return _from_levels(array[:, :, 0] if len(values) == 1 else array, source)
+
+
+def _from_levels(array: np.ndarray, source: str) -> Image.Image:
+    """(H, W), (H, W, 3) or (H, W, 4) of uint8 or floats in [0, 1] -> "RGB" on white."""
+    if array.size == 0:
+        raise ImageError("it has no pixels", source=source)
+    if array.dtype.kind == "f":
+        with np.errstate(all="ignore"):
+            low, high = float(array.min()), float(array.max())
+        if not np.isfinite([low, high]).all():
+            raise ImageError("it holds values that are not finite", source=source)
+        if low < -1e-6 or high > 1 + 1e-6:
+            raise ImageError(f"floats are taken in [0, 1], these go from {low:g} to {high:g}", source=source)
+        array = np.rint(array.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        found = f", these go from {array.min()} to {array.max()}" if array.dtype.kind in "iub" else ""
+        raise ImageError(
+            f"taken are uint8 in 0 to 255 and floats in [0, 1], not {array.dtype}{found}", source=source
+        )
+    return _on_white(Image.fromarray(np.ascontiguousarray(array)))

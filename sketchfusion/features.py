@@ -1,0 +1,250 @@
+"""Features: what encoding an image, or a batch of them, gives."""
+
+import json
+import operator
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from sketchfusion.errors import LoadError, SketchFusionError
+from sketchfusion.images import Geometry
+
+FORMAT = "sketchfusion.features.1"  # the `format` in a saved file's metadata
+
+
+@dataclass(eq=False, repr=False)
+class Features:
+    """The features of one image, or of a batch of N.
+
+    Attributes:
+        pooled: (D,), or (N, D) for a batch; a tensor or an array; None where it was not asked for.
+        dense: (D, h, w), or (N, D, h, w); the map of the square canvas, its white padding included; or None.
+        geometry: where the images lie on the canvas; ints, or (N,) tensors for a batch, whatever the others
+        are. paths: where the images came from, N of them (1 for a single image), if the features were saved
+        with that.
+
+    A batch has a length, and is indexed: an int gives a single image's Features, a slice a smaller batch;
+    both are views.
+    """
+
+    pooled: Any  # Tensor | np.ndarray | None: a union would make every caller narrow it first
+    dense: Any
+    geometry: Geometry
+    paths: list[str] | None = None
+
+    def __len__(self) -> int:
+        if isinstance(self.geometry.width, int):
+            raise TypeError("the features of a single image have no length; encode a list for a batch")
+        return len(self.geometry.width)
+
+    def __getitem__(self, index: int | slice) -> "Features":
+        count = len(self)
+        paths = self.paths
+        if isinstance(index, slice):
+            rows: Any = index
+            if (index.step or 1) < 0:  # tensors have no negative steps
+                rows = list(range(*index.indices(count)))
+            geometry = Geometry(*(torch.as_tensor(field)[rows] for field in self.geometry))
+            paths = paths and paths[index]
+        else:
+            rows = operator.index(index)
+            if not -count <= rows < count:
+                raise IndexError(f"image {rows} of a batch of {count}")
+            geometry = self.geometry.image(rows)
+            paths = paths and [paths[rows]]
+        pooled = None if self.pooled is None else self.pooled[rows]
+        dense = None if self.dense is None else self.dense[rows]
+        return Features(pooled, dense, geometry, paths)
+
+    def __iter__(self) -> Iterator["Features"]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        def shown(value: Tensor | np.ndarray | None) -> str:
+            if value is None:
+                return "None"
+            place = f", {value.device}" if isinstance(value, Tensor) else ""
+            kind = "tensor" if isinstance(value, Tensor) else "array"
+            return f"{kind}{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{place}"
+
+        width, height, canvas = self.geometry.width, self.geometry.height, self.geometry.canvas
+        images = (
+            f"one image of {width} x {height} on {canvas}"
+            if isinstance(width, int)
+            else f"a batch of {len(width)}"
+        )
+        return f"Features({images}; pooled: {shown(self.pooled)}; dense: {shown(self.dense)})"
+
+    def to(self, *args: Any, **kwargs: Any) -> "Features":
+        """The same features on another device or in another dtype: the arguments of `torch.Tensor.to`.
+
+        Arrays become tensors. The geometry follows to the device and stays in integers.
+        """
+        pooled, dense = (
+            None if value is None else _tensor(value).to(*args, **kwargs)
+            for value in (self.pooled, self.dense)
+        )
+        moved = pooled if pooled is not None else dense
+        geometry = self.geometry
+        if moved is not None and isinstance(geometry.width, Tensor):
+            geometry = Geometry(*(torch.as_tensor(field).to(moved.device) for field in geometry))
+        return replace(self, pooled=pooled, dense=dense, geometry=geometry)
+
+    def numpy(self) -> "Features":
+        """The same features as arrays in host memory; bfloat16, which numpy does not have, becomes
+        float32.
+        """
+
+        def array(value: Tensor | np.ndarray | None) -> np.ndarray | None:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.detach().cpu()
+            return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+        geometry = self.geometry
+        if isinstance(geometry.width, Tensor):
+            geometry = Geometry(*(torch.as_tensor(field).cpu() for field in geometry))
+        return replace(self, pooled=array(self.pooled), dense=array(self.dense), geometry=geometry)
+
+    def at(self, points: Tensor | np.ndarray | Sequence) -> Any:
+        """The dense features at points of the original image, interpolated bilinearly.
+
+        Args:
+            points: (P, 2), or for a batch (P, 2), the same points in every image, or (N, P, 2). x then y, in
+            original
+                pixels, continuous: the centre of the top-left pixel is (0.5, 0.5), and the image reaches from
+                (0, 0) to (width, height).
+
+        Returns (P, D), or (N, P, D) for a batch: a tensor through which gradients flow, or an array where the
+        features are arrays. Between the outermost cells' centres and the canvas's edge the outermost cells'
+        features hold.
+
+        Raises SketchFusionError where there is no dense map, the shape is another, or a point lies outside
+        the image.
+        """
+        if self.dense is None:
+            raise SketchFusionError("these features have no dense map to sample; encode with dense=True")
+        single = isinstance(self.geometry.width, int)
+        dense = _tensor(self.dense)
+        try:
+            places = _tensor(points) if isinstance(points, np.ndarray) else torch.as_tensor(points)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SketchFusionError(f"points are numbers in an array, a tensor or lists: {error}") from None
+        places = places.to(dense.device)
+        if not places.is_floating_point():
+            places = places.double()
+        expected = "(P, 2)" if single else f"(P, 2) or ({len(self)}, P, 2)"
+        fits = places.ndim == 2 or (not single and places.ndim == 3 and len(places) == len(self))
+        if not fits or places.shape[-1] != 2:
+            raise SketchFusionError(f"points have the shape {expected}, not {tuple(places.shape)}")
+        self._check_inside(places)
+        grid = self.geometry.to_canvas(places) * 2 - 1
+        if single:
+            dense, grid = dense[None], grid[None]
+        # Half precision cannot tell neighbouring pixels of a large image apart.
+        exact = torch.promote_types(dense.dtype, torch.float32)
+        sampled = functional.grid_sample(
+            dense.to(exact), grid.to(exact)[:, :, None], padding_mode="border", align_corners=False
+        )
+        sampled = sampled.squeeze(-1).transpose(1, 2).to(dense.dtype)
+        sampled = sampled[0] if single else sampled
+        return sampled.numpy() if isinstance(self.dense, np.ndarray) else sampled
+
+    def _check_inside(self, points: Tensor) -> None:
+        size = torch.stack([torch.as_tensor(side) for side in self.geometry[:2]], dim=-1).unsqueeze(-2)
+        points, size = torch.broadcast_tensors(points, size.to(points.device))  # (P, 2) or (N, P, 2)
+        outside = ~((points >= 0) & (points <= size)).all(-1)  # negated, so that nan is outside
+        if outside.any():
+            *image, p = first = tuple(outside.nonzero()[0].tolist())
+            (x, y), (width, height) = points[first].tolist(), size[first].tolist()
+            where = f"image {image[0]}" if image else "the image"
+            raise SketchFusionError(
+                f"point {p} ({x:g}, {y:g}) is outside {where} of {width} x {height} pixels"
+            )
+
+    def save(self, path: str | os.PathLike, paths: Sequence[str] | None = None) -> None:
+        """Writes a safetensors file: `pooled`, `dense`, `geometry.width` and so on; it appears complete or
+        not at all.
+
+        `paths`, one for each image, replaces the features' own; stored in the metadata as a JSON list under
+        "paths".
+
+        Raises SketchFusionError where the number of paths is another, or the file cannot be written.
+        """
+        paths = self.paths if paths is None else [os.fsdecode(image) for image in paths]
+        count = 1 if isinstance(self.geometry.width, int) else len(self)
+        if paths is not None and len(paths) != count:
+            raise SketchFusionError(f"{len(paths)} paths for the features of {count} images")
+        tensors = {
+            name: _tensor(value).detach().contiguous()
+            for name, value in (("pooled", self.pooled), ("dense", self.dense))
+            if value is not None
+        }
+        for name, field in self.geometry._asdict().items():
+            tensors[f"geometry.{name}"] = torch.as_tensor(field).clone()  # safetensors refuses shared memory
+        metadata = {"format": FORMAT} | ({} if paths is None else {"paths": json.dumps(paths)})
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, unfinished, metadata)
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:
+            raise SketchFusionError(f"{path}: the features cannot be written: {error}") from None
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Features":
+        """Reads what `save` wrote, into tensors in host memory, `paths` included.
+
+        Raises LoadError, which names the file, where it is missing, damaged or not one of ours.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{path}: cannot be read: {error}; encode the images again") from None
+        try:
+            return _restored(tensors, metadata)
+        except (KeyError, ValueError) as error:
+            raise LoadError(f"{path}: not a file that Features.save wrote: {error}") from None
+
+
+def _restored(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Features:
+    """The contents of a file -> Features; KeyError or ValueError where they do not fit together."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    fields = [tensors.pop(f"geometry.{name}") for name in Geometry._fields]
+    pooled, dense = tensors.pop("pooled", None), tensors.pop("dense", None)
+    paths = json.loads(metadata["paths"]) if "paths" in metadata else None
+    lead = tuple(fields[0].shape)  # () for one image, (N,) for a batch
+    batched = len(lead)
+    fits = (
+        not tensors
+        and batched <= 1
+        and all(field.shape == lead and field.dtype == torch.int64 for field in fields)
+        and (pooled is None or (pooled.ndim == batched + 1 and pooled.shape[:batched] == lead))
+        and (dense is None or (dense.ndim == batched + 3 and dense.shape[:batched] == lead))
+        and (paths is None or (isinstance(paths, list) and len(paths) == (lead[0] if lead else 1)))
+    )
+    if not fits:
+        raise ValueError("its tensors do not fit together")
+    geometry = Geometry(*fields) if batched else Geometry(*(int(field) for field in fields))
+    return Features(pooled, dense, geometry, paths)
+
+
+def _tensor(value: Tensor | np.ndarray) -> Tensor:
+    """A tensor that shares the array's memory where torch can share it."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.from_numpy(np.require(value, requirements=["C", "W"]))  # torch warns of read-only arrays

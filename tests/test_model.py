@@ -1,0 +1,435 @@
+"""What `encode` and `forward` promise, on the real classes at small widths."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from sketchfusion import ConfigError, Features, ImageError, SketchFusion, SketchFusionError, Strokes
+
+
+def picture(seed: int, width: int = 50, height: int = 40) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+PICTURES = [picture(i, 30 + 7 * i, 60 - 5 * i) for i in range(7)]
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def agree(a: Features, b: Features, tolerance: float = 1e-4) -> bool:
+    return distance(a.pooled, b.pooled) < tolerance and distance(a.dense, b.dense) < tolerance
+
+
+# ---- encode
+
+
+def test_one_in_one_out_and_a_list_in_a_batch_out(model: SketchFusion) -> None:
+    one, many = model.encode(PICTURES[0]), model.encode(PICTURES[:3])
+    assert one.pooled.shape == (32,)
+    assert one.dense.shape == (32, 12, 12)
+    assert many.pooled.shape == (3, 32)
+    assert many.dense.shape == (3, 32, 12, 12)
+    assert agree(one, many[0])
+    assert len(model.encode([PICTURES[0]])) == 1
+
+
+def test_empty_in_empty_out(model: SketchFusion) -> None:
+    empty = model.encode([])
+    assert empty.pooled.shape == (0, 32)
+    assert empty.dense.shape == (0, 32, 12, 12)
+    assert len(empty) == 0
+    assert list(model.stream(iter([]))) == []
+
+
+def test_iterators_of_mixed_kinds_keep_their_order(model: SketchFusion, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    PICTURES[1].save(path)
+    array = np.asarray(PICTURES[2])
+    tensor = torch.from_numpy(np.asarray(PICTURES[3])).permute(2, 0, 1)
+    drawing = Strokes.from_quickdraw({"drawing": [[[0, 255], [0, 255]]]})
+    mixed = [PICTURES[0], str(path), path, array, tensor, drawing, PICTURES[4]]
+    features = model.encode((image for image in mixed), batch_size=3)
+    for image, got in zip(mixed, features, strict=True):
+        assert agree(model.encode(image), got)
+
+
+def test_nchw_tensor_is_a_list(model: SketchFusion) -> None:
+    batch = torch.rand(3, 3, 40, 30)
+    assert agree(model.encode(batch), model.encode(list(batch)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+def test_features_do_not_depend_on_the_batch_size(model: SketchFusion, batch_size: int) -> None:
+    assert agree(model.encode(PICTURES, batch_size=batch_size), model.encode(PICTURES, batch_size=3))
+
+
+def test_features_do_not_depend_on_their_neighbours(model: SketchFusion) -> None:
+    backwards = model.encode(PICTURES[::-1])
+    forwards = model.encode(PICTURES)
+    assert distance(backwards.pooled.flip(0), forwards.pooled) < 1e-4
+
+
+def test_repeated_calls_are_identical_whatever_the_global_seed(model: SketchFusion) -> None:
+    torch.manual_seed(5)
+    first = model.encode(PICTURES[:2])
+    torch.manual_seed(6)
+    assert torch.equal(model.encode(PICTURES[:2]).dense, first.dense)
+
+
+def test_another_process_gets_the_same(model: SketchFusion, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "checkpoint", include_backbones=True)
+    PICTURES[0].save(tmp_path / "picture.png")
+    reloaded = SketchFusion.from_pretrained(tmp_path / "checkpoint", dtype="float32", device="cpu")
+    script = (
+        "import sys, sketchfusion as s;"
+        "m = s.SketchFusion.from_pretrained(sys.argv[1], dtype='float32', device='cpu');"
+        "m.encode(sys.argv[2]).save(sys.argv[3])"
+    )
+    out = tmp_path / "features.safetensors"
+    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "picture.png"), str(out)]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    assert agree(Features.load(out), reloaded.encode(PICTURES[0]), 1e-5)
+
+
+def test_ensembles_average_antithetic_maps_and_encode_once(model: SketchFusion) -> None:
+    calls = {"vae": 0, "unet": 0, "aggregator": 0}
+
+    def counting(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    model.diffusion.vae.encoder.register_forward_hook(counting("vae"))
+    model.diffusion.register_forward_hook(counting("unet"))
+    model.aggregator.register_forward_hook(counting("aggregator"))
+    four = model.encode(PICTURES[0], ensemble=4)
+    assert calls == {"vae": 1, "unet": 4, "aggregator": 1}
+    assert distance(four.dense, model.encode(PICTURES[0]).dense) > 1e-3
+
+    pixels, geometry = model.preprocess(PICTURES[0])
+    latents, tokens = model.embed(pixels[None])
+    noised = [model.diffusion.add_noise(latents, member) for member in range(4)]
+    clean = model.diffusion.alpha_bar**0.5 * latents
+    assert torch.allclose(noised[0] + noised[1], 2 * clean, atol=1e-6)
+    assert torch.allclose(noised[2] + noised[3], 2 * clean, atol=1e-6)
+    assert not torch.allclose(noised[0], noised[2])
+    hooks = model.adapters(tokens)
+    maps = [model.diffusion(latent, hooks, inject_skips=True) for latent in noised]
+    mean = {tap: torch.stack([m[tap] for m in maps]).mean(0) for tap in maps[0]}
+    assert distance(model.aggregator(mean)[0].detach(), four.dense) < 1e-5
+
+
+def test_normalize(model: SketchFusion) -> None:
+    features = model.encode(PICTURES[:2], normalize=True)
+    plain = model.encode(PICTURES[:2])
+    assert torch.allclose(features.pooled.norm(dim=1), torch.ones(2), atol=1e-5)
+    norms, plain_norms = features.dense.norm(dim=1), plain.dense.norm(dim=1)
+    assert torch.allclose(norms, (plain_norms > 0).float(), atol=1e-5)
+
+
+def test_zero_stays_zero_when_normalised(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.aggregator, "forward", lambda maps: torch.zeros(1, 32, 12, 12))
+    features = model.encode(PICTURES[0], normalize=True)
+    assert torch.equal(features.pooled, torch.zeros(32))
+    assert torch.equal(features.dense, torch.zeros(32, 12, 12))
+
+
+def test_numpy_and_torch(model: SketchFusion) -> None:
+    arrays = model.encode(PICTURES[:2], to="numpy")
+    tensors = model.encode(PICTURES[:2])
+    assert isinstance(arrays.pooled, np.ndarray)
+    assert arrays.dense.dtype == np.float32
+    assert np.allclose(arrays.dense, tensors.dense.numpy())
+
+
+def test_only_what_was_asked_for(model: SketchFusion) -> None:
+    assert model.encode(PICTURES[0], dense=False).dense is None
+    assert model.encode(PICTURES[:2], pooled=False).pooled is None
+
+
+def test_size_changes_the_canvas_and_nothing_else(model: SketchFusion) -> None:
+    features = model.encode(PICTURES[0], size=104)  # 13 × 13 latents, which 8 does not divide
+    assert features.dense.shape == (32, 12, 12)
+    assert features.geometry.canvas == 104
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ({"size": 100}, "size"),
+        ({"size": 0}, "size"),
+        ({"ensemble": 3}, "ensemble"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"to": "jax"}, "to"),
+        ({"pooled": False, "dense": False}, "pooled"),
+        ({"normalise": True}, "normalise"),
+    ],
+)
+def test_illegal_arguments_name_the_legal_ones(model: SketchFusion, arguments: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        model.encode(PICTURES[0], **arguments)
+    assert caught.value.key == key
+    with pytest.raises(ConfigError):  # at the call, not at the first batch
+        model.stream(PICTURES, **arguments)
+
+
+def test_an_unknown_keyword_names_the_known_ones(model: SketchFusion) -> None:
+    with pytest.raises(ConfigError, match=r"normalize.*ensemble"):
+        model.encode([], normalise=True)
+
+
+def test_results_are_ordinary_float32_tensors_on_which_a_head_trains(model: SketchFusion) -> None:
+    features = model.to(torch.bfloat16).encode(PICTURES)
+    assert features.pooled.dtype == features.dense.dtype == torch.float32
+    assert not features.pooled.requires_grad
+    head = torch.nn.Linear(32, 2)
+    optimiser = torch.optim.Adam(head.parameters(), lr=0.1)
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 0])
+    losses = []
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(head(features.pooled), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_bad_image_is_named_and_the_good_ones_before_it_come_out(model: SketchFusion) -> None:
+    images = [*PICTURES[:3], "missing.png", PICTURES[3]]
+    with pytest.raises(ImageError, match=r"image 3.*missing\.png") as caught:
+        model.encode(images, batch_size=2)
+    assert caught.value.index == 3
+    done = []
+    with pytest.raises(ImageError):
+        done.extend(model.stream(images, batch_size=2))
+    stream = model.stream(images, batch_size=2)
+    assert [len(next(stream)), len(next(stream))] == [2, 1]
+    with pytest.raises(ImageError) as caught:
+        model.encode("missing.png")
+    assert caught.value.index is None
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    forward = model.forward
+
+    def cramped(pixels: torch.Tensor, *arguments: Any, **keywords: Any) -> Features:
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.OutOfMemoryError("simulated")
+        return forward(pixels, *arguments, **keywords)
+
+    expected = model.encode(PICTURES)
+    monkeypatch.setattr(model, "forward", cramped)
+    assert agree(model.encode(PICTURES, batch_size=7), expected)
+    assert sizes == [7, 4, 2, 2, 2, 1]
+
+
+def test_out_of_memory_for_one_image_is_one_clear_error(
+    model: SketchFusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Features:
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(SketchFusionError, match="out of memory"):
+        model.encode(PICTURES[:2])
+
+
+def test_features_that_overflow_are_refused(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.aggregator, "forward", lambda maps: torch.full((1, 32, 12, 12), torch.inf))
+    with pytest.raises(SketchFusionError, match="not finite"):
+        model.encode(PICTURES[0])
+
+
+def test_progress_on_request(model: SketchFusion, capsys: pytest.CaptureFixture[str]) -> None:
+    model.encode(PICTURES[:2], progress=True)
+    assert "2/2" in capsys.readouterr().err
+    model.encode(PICTURES[:2])  # stderr is no terminal here
+    assert capsys.readouterr().err == ""
+
+
+def test_padding_does_not_reach_the_pooled_vector(model: SketchFusion) -> None:
+    pixels, geometry = model.preprocess(picture(0, 64, 16))
+    assert (geometry.left, geometry.inner_height) == (0, 16)
+    features = model.encode(picture(0, 64, 16))
+    mask = geometry.mask(12)
+    assert 0 < mask.sum() < mask.numel()
+    assert torch.equal(features.pooled, features.dense[:, mask].amax(dim=1))
+    outside = features.dense[:, ~mask].amax(dim=1)
+    assert (outside > features.pooled).any()  # otherwise this test says nothing
+
+
+# ---- the trainable forward
+
+
+def batch(model: SketchFusion) -> Any:
+    return next(iter(DataLoader(PICTURES[:2], batch_size=2, collate_fn=lambda x: collated(model, x))))
+
+
+def collated(model: SketchFusion, images: list[Any]) -> Any:
+    return torch.utils.data.default_collate([model.preprocess(image) for image in images])
+
+
+@pytest.mark.parametrize("output", ["pooled", "dense"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_every_adapter_and_no_backbone(
+    untrained: SketchFusion, output: str, checkpointing: bool
+) -> None:
+    """From zero adapters on: the released script detaches the UNet's features, so that its adapters never learn."""
+    if checkpointing:
+        untrained.enable_gradient_checkpointing()
+    features = untrained.train()(*batch(untrained))
+    getattr(features, output).square().sum().backward()
+    for site, adapter in untrained.adapters.sites.items():
+        for parameter in adapter.parameters():
+            assert parameter.grad is not None, site
+            assert parameter.grad.abs().sum() > 0, site
+    for name, parameter in untrained.aggregator.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    for backbone in (untrained.diffusion, untrained.semantic):
+        assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
+
+
+def test_training_mode_never_reaches_a_backbone(model: SketchFusion) -> None:
+    model.train()
+    assert model.training
+    assert model.aggregator.training
+    for backbone in (model.diffusion, model.semantic):
+        assert not any(module.training for module in backbone.modules())
+
+
+def test_forward_and_encode_are_one_computation(model: SketchFusion) -> None:
+    features = model(*batch(model))
+    assert features.pooled.requires_grad
+    assert agree(features, model.encode(PICTURES[:2]), 1e-5)
+
+
+class Pictures(torch.utils.data.Dataset[Any]):
+    def __init__(self, preprocess: Any):
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        return self.preprocess(PICTURES[index])
+
+
+def test_a_dataloader_with_workers_feeds_forward(model: SketchFusion) -> None:
+    loader = DataLoader(Pictures(model.preprocess), batch_size=3, num_workers=2, multiprocessing_context="spawn")
+    pooled = torch.cat([model(*items).pooled.detach() for items in loader])
+    assert distance(pooled, model.encode(PICTURES[:6]).pooled) < 1e-4
+
+
+def test_trainable_parameters_are_adapters_and_aggregator(model: SketchFusion) -> None:
+    ours = {id(p) for p in model.trainable_parameters()}
+    assert ours == {id(p) for p in model.parameters() if p.requires_grad}
+    assert ours == {id(p) for part in (model.adapters, model.aggregator) for p in part.parameters()}
+
+
+def test_one_step_changes_the_features(untrained: SketchFusion) -> None:
+    before = untrained(*batch(untrained)).pooled.detach()
+    optimiser = torch.optim.SGD(untrained.trainable_parameters(), lr=0.1)
+    untrained(*batch(untrained)).pooled.square().sum().backward()
+    optimiser.step()
+    assert distance(untrained(*batch(untrained)).pooled, before) > 1e-4
+
+
+def test_forward_refuses_other_shapes(model: SketchFusion) -> None:
+    pixels, geometry = batch(model)
+    with pytest.raises(ConfigError, match="N, 3, S, S"):
+        model(pixels[0], geometry)
+
+
+# ---- state
+
+
+def test_untrained_models_begin_as_plain_diffusion_features_and_warn_once(untrained: SketchFusion) -> None:
+    pixels, _ = untrained.preprocess(PICTURES[0])
+    latents, tokens = untrained.embed(pixels[None])
+    noised = untrained.diffusion.add_noise(latents, 0)
+    plain = untrained.diffusion(noised, {}, inject_skips=True)
+    injected = untrained.diffusion(noised, untrained.adapters(tokens), inject_skips=True)
+    assert all(torch.equal(plain[tap], injected[tap]) for tap in plain)
+    with pytest.warns(UserWarning, match="UNTRAINED"):
+        untrained.encode(PICTURES[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        untrained.encode(PICTURES[0])
+
+
+def test_to_moves_everything_and_what_is_trained_stays_float32(model: SketchFusion) -> None:
+    before = [p.clone() for p in model.trainable_parameters()]
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert {p.dtype for p in model.trainable_parameters()} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(before, model.trainable_parameters(), strict=True))
+    assert model.encode(PICTURES[0]).dense.isfinite().all()
+    model.float()
+    assert model.dtype == torch.float32
+    model.to("meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {b.device.type for b in model.buffers()} == {"meta"}
+
+
+def test_bfloat16_is_close_to_float32(model: SketchFusion) -> None:
+    exact = model.encode(PICTURES).pooled
+    rough = model.to(torch.bfloat16).encode(PICTURES).pooled
+    assert torch.nn.functional.cosine_similarity(exact, rough).min() > 0.99
+    assert not torch.equal(exact, rough)
+
+
+def test_float16_on_a_cpu_warns(backbones: dict[str, Path]) -> None:
+    with pytest.warns(UserWarning, match="float16 on a CPU"):
+        SketchFusion.from_backbones(**backbones, device="cpu", dtype="float16", aggregator_width=32)
+
+
+def test_what_never_runs_is_gone(model: SketchFusion) -> None:
+    names = [name for name, _ in model.diffusion.named_parameters()]
+    assert not [name for name in names if "decoder" in name or "post_quant" in name]
+    assert not [name for name in names if "up_blocks.3" in name or "conv_out.weight" == name]
+    assert [name for name in names if "up_blocks.2" in name]
+
+
+# ---- memory
+
+MEMORY = """
+import resource, sys, numpy as np
+from PIL import Image
+from sketchfusion import SketchFusion
+model = SketchFusion.from_pretrained(sys.argv[1], dtype="float32", device="cpu")
+images = lambda n: (Image.new("RGB", (40 + 13 * (i % 50), 600 - 7 * (i % 50)), (i % 256, 9, 9)) for i in range(n))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+for _ in model.stream(images(50)): pass
+model.encode(images(50), dense=False)
+before = peak()
+for _ in model.stream(images(500)): pass
+streamed = peak()
+model.encode(images(500), dense=False)
+print(streamed - before, peak() - streamed)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_memory_does_not_grow_with_the_number_of_images(model: SketchFusion, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, include_backbones=True)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    batch_bytes = 8 * 4 * (3 * 64 * 64 + 32 * 12 * 12)  # pixels and features of the default batch on a CPU
+    activations = 16 * 2**20
+    assert max(map(int, out.split())) < batch_bytes + activations, out
