@@ -302,6 +302,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            fp.close()
             raise ImageError(f"redirected to {_shortened(newurl)}, not an http(s) URL", source=req.full_url)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

@@ -32,10 +32,11 @@ from .images import Geometry, ImageInput, Preprocess, as_stream, collate
 
 BUNDLED = Path(__file__).parent / "bundled"
 WEIGHTS = "model.safetensors"
-DTYPES = {
-    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
-}
-MARKERS = {"diffusion": "unet/config.json", "semantic": "config.json"}  # tells where a backbone was loaded from
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+MARKERS = {
+    "diffusion": "unet/config.json",
+    "semantic": "config.json",
+}  # tells where a backbone was loaded from
 INSIDE = "./"  # prefix of a backbone's source: a folder inside the checkpoint
 Origin = Location | Any  # where a backbone came from: a location, or the loaded module that the caller passed
 PathLike = str | os.PathLike[str]
@@ -164,7 +165,9 @@ class SketchFusion(nn.Module):
             backbone: BackboneConfig = getattr(config, name)
             if override is not None:
                 origins[name] = _origin(override, None, access)
-                config = dataclasses.replace(config, **{name: _recorded(backbone, origins[name], MARKERS[name])})
+                config = dataclasses.replace(
+                    config, **{name: _recorded(backbone, origins[name], MARKERS[name])}
+                )
             elif backbone.source.startswith(INSIDE):
                 origins[name] = checkpoint.inside(backbone.source.removeprefix(INSIDE))
             else:
@@ -260,7 +263,9 @@ class SketchFusion(nn.Module):
             "has unknown weights:": weights.keys() - expected.keys(),
         }.items():
             if names:
-                raise LoadError(f"{path} {problem} {', '.join(sorted(names)[:3])}: it does not fit its config.json")
+                raise LoadError(
+                    f"{path} {problem} {', '.join(sorted(names)[:3])}: it does not fit its config.json"
+                )
         for name, tensor in expected.items():
             if weights[name].shape != tensor.shape:
                 raise LoadError(
@@ -485,7 +490,12 @@ class SketchFusion(nn.Module):
         Returns:
             `Features` on the model's device, float32: pooled (N, D), dense (N, D, g, g).
         """
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % 8:
+        if (
+            pixels.ndim != 4
+            or pixels.shape[1] != 3
+            or pixels.shape[2] != pixels.shape[3]
+            or pixels.shape[2] % 8
+        ):
             raise ConfigError(
                 "pixels", f"have shape {tuple(pixels.shape)}", legal="(N, 3, S, S) with S a multiple of 8"
             )
@@ -668,7 +678,9 @@ def _recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> Backbone
 def _default_config(networks: _Networks, settings: dict[str, Any]) -> Config:
     """The paper's configuration for these backbones, with the caller's settings on top."""
     unet, vision = networks.unet, networks.vision
-    known = [field.name for field in dataclasses.fields(Config) if field.name not in ("diffusion", "semantic")]
+    known = [
+        field.name for field in dataclasses.fields(Config) if field.name not in ("diffusion", "semantic")
+    ]
     sees = [f"{name}_{key}" for name in ("diffusion", "semantic") for key in ("image_size", "mean", "std")]
     for key in settings:
         if key not in known + sees:

@@ -1,5 +1,6 @@
 """Shared fixtures: real classes at small widths in the published layouts, and the real data where it is present."""
 
+import copy
 import json
 import os
 import tarfile
@@ -39,7 +40,9 @@ def data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def members(data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
+def members(
+    data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[Path]]:
     """`members("sketchy", "…/sketch/", 3)` extracts the first files under that prefix."""
 
     def extract(name: str, prefix: str, count: int) -> list[Path]:
@@ -132,13 +135,18 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture
-def untrained(backbones: dict[str, Path]) -> SketchFusion:
-    """A small model fresh from its backbones, float32."""
+@pytest.fixture(scope="session")
+def built(backbones: dict[str, Path]) -> SketchFusion:
     torch.manual_seed(2)
     return SketchFusion.from_backbones(
         **backbones, dtype="float32", device="cpu", aggregator_width=32, aggregator_grid=12
     )
+
+
+@pytest.fixture
+def untrained(built: SketchFusion) -> SketchFusion:
+    """A small model fresh from its backbones, float32."""
+    return copy.deepcopy(built)
 
 
 @pytest.fixture

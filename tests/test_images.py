@@ -62,7 +62,7 @@ def test_the_letterbox_inverts_and_always_counts_a_cell(
     on_canvas = geometry.to_canvas(points)
     torch.testing.assert_close(geometry.to_original(on_canvas), points, rtol=0, atol=1e-6)
     assert on_canvas.min() >= 0
-    assert on_canvas.max() <= 1
+    assert on_canvas.max() <= 1 + 1e-12
     assert max(geometry.inner_width, geometry.inner_height) == canvas
     assert min(geometry.inner_width, geometry.inner_height) >= 1
 
@@ -343,9 +343,10 @@ def test_exif_orientation_is_honoured(kind: str, orientation: int) -> None:
     assert np.asarray(found)[20:, 36:].max() < 30
 
 
-def test_damaged_exif_does_not_matter() -> None:
-    data = encoded(Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\x01")
-    assert pixels(Image.open(io.BytesIO(data))).shape == (24, 40, 3)
+def test_damaged_exif_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.jpg"
+    path.write_bytes(encoded(Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\x01"))
+    assert pixels(path).shape == (24, 40, 3)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -439,7 +440,6 @@ def test_objects_that_are_no_images(thing: Any) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(str(tmp_path / "none.png"), "No such file").source == str(tmp_path / "none.png")
     refused(tmp_path, "Is a directory")
-    refused("", "No such file")
     refused("a\0b.png", "null")
     refused("x" * 5000, "too long")
     refused("~/cat.png", "No such file")
@@ -646,9 +646,8 @@ def test_other_schemes_are_refused(url: str) -> None:
 
 def test_single_images_and_lists(tmp_path: Path) -> None:
     strokes = Strokes(([[0, 0]],), 4, 4)  # type: ignore[arg-type]
-    singles: list[Any] = [
-        "a.png", tmp_path, Image.new("L", (2, 2)), np.zeros((2, 2)), np.zeros((2, 2, 3)), torch.zeros(3, 2, 2), strokes,
-    ]  # fmt: skip
+    arrays = [np.zeros((2, 2)), np.zeros((2, 2, 3)), torch.zeros(3, 2, 2)]
+    singles: list[Any] = ["a.png", tmp_path, Image.new("L", (2, 2)), strokes, *arrays]
     for one in singles:
         stream, single = as_stream(one)
         assert single

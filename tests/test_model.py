@@ -98,7 +98,9 @@ def test_another_process_gets_the_same(model: SketchFusion, tmp_path: Path) -> N
     )
     out = tmp_path / "features.safetensors"
     arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "picture.png"), str(out)]
-    subprocess.run([sys.executable, "-c", script, *arguments], check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    subprocess.run(
+        [sys.executable, "-c", script, *arguments], check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
     assert agree(Features.load(out), reloaded.encode(PICTURES[0]), 1e-5)
 
 
@@ -177,7 +179,9 @@ def test_size_changes_the_canvas_and_nothing_else(model: SketchFusion) -> None:
         ({"normalise": True}, "normalise"),
     ],
 )
-def test_illegal_arguments_name_the_legal_ones(model: SketchFusion, arguments: dict[str, Any], key: str) -> None:
+def test_illegal_arguments_name_the_legal_ones(
+    model: SketchFusion, arguments: dict[str, Any], key: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         model.encode(PICTURES[0], **arguments)
     assert caught.value.key == key
@@ -222,7 +226,9 @@ def test_a_bad_image_is_named_and_the_good_ones_before_it_come_out(model: Sketch
     assert caught.value.index is None
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    model: SketchFusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = []
     forward = model.forward
 
@@ -331,7 +337,9 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
 
 def test_a_dataloader_with_workers_feeds_forward(model: SketchFusion) -> None:
-    loader = DataLoader(Pictures(model.preprocess), batch_size=3, num_workers=2, multiprocessing_context="spawn")
+    loader = DataLoader(
+        Pictures(model.preprocess), batch_size=3, num_workers=2, multiprocessing_context="spawn"
+    )
     pooled = torch.cat([model(*items).pooled.detach() for items in loader])
     assert distance(pooled, model.encode(PICTURES[:6]).pooled) < 1e-4
 

@@ -35,7 +35,9 @@ def section(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def run(golden: tuple[dict[str, torch.Tensor], dict[str, str]], *, inject_skips: bool) -> dict[str, torch.Tensor]:
+def run(
+    golden: tuple[dict[str, torch.Tensor], dict[str, str]], *, inject_skips: bool
+) -> dict[str, torch.Tensor]:
     """The released forward with our modules: every tapped map, and `dense`."""
     tensors, metadata = golden
     config: dict[str, Any] = json.loads(metadata["unet_config"])
@@ -56,9 +58,7 @@ def run(golden: tuple[dict[str, torch.Tensor], dict[str, str]], *, inject_skips:
 
     width = tensors["out.dense"].shape[1]
     groups = unet.config.norm_num_groups if width // 4 % unet.config.norm_num_groups == 0 else 4
-    aggregator = Aggregator(
-        {tap: widths[tap] for tap in TAPS}, width, int(metadata["num_patches"]), groups
-    )
+    aggregator = Aggregator({tap: widths[tap] for tap in TAPS}, width, int(metadata["num_patches"]), groups)
     for number, tap in enumerate(reversed(TAPS)):
         state = section(tensors, f"agg.bottleneck_layers.{number}.0.")
         renamed = {official_name(name): value for name, value in state.items()}

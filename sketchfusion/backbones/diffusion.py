@@ -194,7 +194,8 @@ def load(origin: Location | Any, dtype: torch.dtype, variant: str | None) -> tup
             json.loads(origin.file("scheduler/scheduler_config.json").read_text())
         )
     else:
-        vae, unet = (shared_copy(module).to(dtype) for module in (origin.vae, origin.unet))
+        # Not the module's own .to(): diffusers' logs a warning whenever it is given a dtype.
+        vae, unet = (nn.Module.to(shared_copy(module), dtype) for module in (origin.vae, origin.unet))
         scheduler = origin.scheduler
     for key in _FOREIGN_CONDITIONS:
         if unet.config.get(key) is not None:

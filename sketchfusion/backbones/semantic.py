@@ -39,9 +39,13 @@ class SemanticBackbone(nn.Module):
         super().__init__()
         patch = getattr(model.config, "patch_size", None)
         if not isinstance(patch, int):
-            raise LoadError(f"{type(model).__name__} has no patch_size: the semantic backbone is a vision transformer")
+            raise LoadError(
+                f"{type(model).__name__} has no patch_size: the semantic backbone is a vision transformer"
+            )
         if image_size % patch:
-            raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
+            raise ConfigError(
+                "semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}"
+            )
         self.model, self.image_size, self.grid = model, image_size, image_size // patch
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
