@@ -61,9 +61,7 @@ def seconds_by_part(model: SketchFusion, photo: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--runs", type=int, default=3, help="the fastest of so many runs is printed")
@@ -79,9 +77,7 @@ def main() -> None:
     for part, seconds in min(runs, key=lambda run: run["total"]).items():
         print(f"{part:<12} {seconds:8.3f} s")
     features = model.encode(arguments.photo)
-    print(
-        f"dense {tuple(features.dense.shape)}, pooled {tuple(features.pooled.shape)}, {features.dense.dtype}"
-    )
+    print(f"dense {tuple(features.dense.shape)}, pooled {tuple(features.pooled.shape)}, {features.dense.dtype}")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 

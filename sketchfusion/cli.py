@@ -70,9 +70,7 @@ def encode(
     images the good ones are written, each bad one gets a line on stderr, and the exit code is 2.
     """
     if out is not None and not out.resolve().parent.is_dir():
-        raise ConfigError(
-            "--out", f"the folder {out.parent} does not exist", legal="a file in a folder that does"
-        )
+        raise ConfigError("--out", f"the folder {out.parent} does not exist", legal="a file in a folder that does")
     if out is not None and out.is_dir():
         raise ConfigError("--out", f"{out} is a folder", legal="a file")
 

@@ -114,6 +114,11 @@ class Config:
             raise LoadError(f"{path} is not JSON: {error}") from error
         return cls.from_dict(values)
 
+    def with_backbone(self, name: str, backbone: BackboneConfig) -> Self:
+        """The same configuration with another `diffusion` or `semantic`."""
+        changes: dict[str, Any] = {name: backbone}
+        return dataclasses.replace(self, **changes)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -171,20 +176,15 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return (
-            value
-            if isinstance(value, typing.cast(type, hint))
-            else _build(typing.cast(type, hint), value, key + ".")
+            value if isinstance(value, typing.cast(type, hint)) else _build(typing.cast(type, hint), value, key + ".")
         )
-    if origin is types.UnionType:
-        if value is None or isinstance(value, arguments[0]):  # only str or None
-            return value
+    if origin is types.UnionType and isinstance(value, hint):  # a string or null
+        return value
     if origin is tuple and isinstance(value, list | tuple):
         variadic = arguments[-1] is Ellipsis
         if variadic or len(value) == len(arguments):
             inner = [arguments[0]] * len(value) if variadic else arguments
-            return tuple(
-                _convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, inner, strict=True))
-            )
+            return tuple(_convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, inner, strict=True)))
     elif origin is dict and isinstance(value, dict):
         return {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):

@@ -78,9 +78,7 @@ class Features:
 
         width, height, canvas = self.geometry.width, self.geometry.height, self.geometry.canvas
         images = (
-            f"one image of {width} x {height} on {canvas}"
-            if isinstance(width, int)
-            else f"a batch of {len(width)}"
+            f"one image of {width} x {height} on {canvas}" if isinstance(width, int) else f"a batch of {len(width)}"
         )
         return f"Features({images}; pooled: {shown(self.pooled)}; dense: {shown(self.dense)})"
 
@@ -90,8 +88,7 @@ class Features:
         Arrays become tensors. The geometry follows to the device and stays in integers.
         """
         pooled, dense = (
-            None if value is None else _tensor(value).to(*args, **kwargs)
-            for value in (self.pooled, self.dense)
+            None if value is None else _tensor(value).to(*args, **kwargs) for value in (self.pooled, self.dense)
         )
         moved = pooled if pooled is not None else dense
         geometry = self.geometry
@@ -167,9 +164,7 @@ class Features:
             *image, p = first = tuple(outside.nonzero()[0].tolist())
             (x, y), (width, height) = points[first].tolist(), size[first].tolist()
             where = f"image {image[0]}" if image else "the image"
-            raise SketchFusionError(
-                f"point {p} ({x:g}, {y:g}) is outside {where} of {width} x {height} pixels"
-            )
+            raise SketchFusionError(f"point {p} ({x:g}, {y:g}) is outside {where} of {width} x {height} pixels")
 
     def save(self, path: str | os.PathLike, paths: Sequence[str] | None = None) -> None:
         """Writes a safetensors file: `pooled`, `dense`, `geometry.width` and so on; it appears complete or

@@ -134,9 +134,7 @@ class Location:
                 case hub_errors.GatedRepoError():
                     return f"Hub repository {self.source} is gated: accept its terms on its page, then pass token="
                 case hub_errors.HFValidationError():
-                    return (
-                        f"{self.source!r} is no folder on this disk, and no Hub repository can have that name"
-                    )
+                    return f"{self.source!r} is no folder on this disk, and no Hub repository can have that name"
                 case hub_errors.LocalEntryNotFoundError() | hub_errors.OfflineModeIsEnabled():
                     return (
                         f"{name} of {self} is not in the Hub's cache, and the Hub was not reached (offline, or "
@@ -147,21 +145,13 @@ class Location:
                 case SafetensorError():
                     return self._explain_corrupt(name, cause)
             if status in (401, 403):
-                return (
-                    f"the Hub refused access to {self.source} ({status}): pass a valid token="
-                    + self._mirrors()
-                )
+                return f"the Hub refused access to {self.source} ({status}): pass a valid token=" + self._mirrors()
             if isinstance(cause, hub_errors.RepositoryNotFoundError) or status == 404:
-                return (
-                    f"there is no Hub repository {self.source}, or it is private: then pass token="
-                    + self._mirrors()
-                )
+                return f"there is no Hub repository {self.source}, or it is private: then pass token=" + self._mirrors()
             if status is not None:
                 return f"the Hub answered {status} for {name} of {self}: try again later"
         if "safetensors" in str(error) and "shape" not in str(error) and isinstance(error, OSError):
-            return (
-                f"{self} has no safetensors weights, and nothing else is read (pickles can run code): {error}"
-            )
+            return f"{self} has no safetensors weights, and nothing else is read (pickles can run code): {error}"
         return f"{name} of {self} could not be loaded: {type(error).__name__}: {error}"
 
     def _explain_corrupt(self, name: str, cause: Exception) -> str:

@@ -128,9 +128,7 @@ class Preprocess:
 
     def __init__(self, size: int):
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0 or size % 8:
-            raise ConfigError(
-                "size", f"{size!r} cannot be the side of a canvas", legal="a positive multiple of 8"
-            )
+            raise ConfigError("size", f"{size!r} cannot be the side of a canvas", legal="a positive multiple of 8")
         self.size = size
 
     def __call__(self, image: ImageInput) -> tuple[Tensor, Geometry]:
@@ -175,9 +173,7 @@ def as_stream(images: object) -> tuple[Iterator[ImageInput], bool]:
     if isinstance(images, Tensor) and images.ndim == 4:
         return iter(images), False
     if isinstance(images, np.ndarray) and images.ndim == 4:
-        raise ImageError(
-            "an array of four dimensions; pass list(array) for its images", source=_type_name(images)
-        )
+        raise ImageError("an array of four dimensions; pass list(array) for its images", source=_type_name(images))
     if isinstance(images, ImageInput):
         return iter([images]), True
     if isinstance(images, Mapping | set | frozenset | bytes | bytearray | io.IOBase):
@@ -459,7 +455,5 @@ def _from_levels(array: np.ndarray, source: str) -> Image.Image:
         array = np.rint(array.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         found = f", these go from {array.min()} to {array.max()}" if array.dtype.kind in "iub" else ""
-        raise ImageError(
-            f"taken are uint8 in 0 to 255 and floats in [0, 1], not {array.dtype}{found}", source=source
-        )
+        raise ImageError(f"taken are uint8 in 0 to 255 and floats in [0, 1], not {array.dtype}{found}", source=source)
     return _on_white(Image.fromarray(np.ascontiguousarray(array)))

@@ -165,9 +165,7 @@ class SketchFusion(nn.Module):
             backbone: BackboneConfig = getattr(config, name)
             if override is not None:
                 origins[name] = _origin(override, None, access)
-                config = dataclasses.replace(
-                    config, **{name: _recorded(backbone, origins[name], MARKERS[name])}
-                )
+                config = config.with_backbone(name, _recorded(backbone, origins[name], MARKERS[name]))
             elif backbone.source.startswith(INSIDE):
                 origins[name] = checkpoint.inside(backbone.source.removeprefix(INSIDE))
             else:
@@ -228,9 +226,7 @@ class SketchFusion(nn.Module):
         return cls._build(config, networks, null_prompt, device)
 
     @classmethod
-    def _build(
-        cls, config: Config, networks: _Networks, null_prompt: Tensor, device: str | torch.device
-    ) -> Self:
+    def _build(cls, config: Config, networks: _Networks, null_prompt: Tensor, device: str | torch.device) -> Self:
         check_blocks(config, tuple(block_widths(networks.unet)))
         steps = len(networks.scheduler.alphas_cumprod)
         if config.timestep >= steps:
@@ -263,9 +259,7 @@ class SketchFusion(nn.Module):
             "has unknown weights:": weights.keys() - expected.keys(),
         }.items():
             if names:
-                raise LoadError(
-                    f"{path} {problem} {', '.join(sorted(names)[:3])}: it does not fit its config.json"
-                )
+                raise LoadError(f"{path} {problem} {', '.join(sorted(names)[:3])}: it does not fit its config.json")
         for name, tensor in expected.items():
             if weights[name].shape != tensor.shape:
                 raise LoadError(
@@ -490,12 +484,7 @@ class SketchFusion(nn.Module):
         Returns:
             `Features` on the model's device, float32: pooled (N, D), dense (N, D, g, g).
         """
-        if (
-            pixels.ndim != 4
-            or pixels.shape[1] != 3
-            or pixels.shape[2] != pixels.shape[3]
-            or pixels.shape[2] % 8
-        ):
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % 8:
             raise ConfigError(
                 "pixels", f"have shape {tuple(pixels.shape)}", legal="(N, 3, S, S) with S a multiple of 8"
             )
@@ -515,9 +504,7 @@ class SketchFusion(nn.Module):
         pixels = pixels.to(self.device)
         return self.diffusion.encode(pixels), self.semantic(pixels)
 
-    def fuse(
-        self, latents: Tensor, tokens: Tensor, geometry: Geometry, *, ensemble: int | None = None
-    ) -> Features:
+    def fuse(self, latents: Tensor, tokens: Tensor, geometry: Geometry, *, ensemble: int | None = None) -> Features:
         """The half that training changes: noise, UNet with injection, aggregation, pooling.
 
         Args:
@@ -612,7 +599,7 @@ class SketchFusion(nn.Module):
         config = self.config
         for name in include:
             backbone = dataclasses.replace(getattr(config, name), source=INSIDE + name, revision=None)
-            config = dataclasses.replace(config, **{name: backbone})
+            config = config.with_backbone(name, backbone)
         state = self._trained_state() | {"null_prompt": self.diffusion.null_prompt}
         weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in state.items()}
         directory.mkdir(parents=True, exist_ok=True)
@@ -678,9 +665,7 @@ def _recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> Backbone
 def _default_config(networks: _Networks, settings: dict[str, Any]) -> Config:
     """The paper's configuration for these backbones, with the caller's settings on top."""
     unet, vision = networks.unet, networks.vision
-    known = [
-        field.name for field in dataclasses.fields(Config) if field.name not in ("diffusion", "semantic")
-    ]
+    known = [field.name for field in dataclasses.fields(Config) if field.name not in ("diffusion", "semantic")]
     sees = [f"{name}_{key}" for name in ("diffusion", "semantic") for key in ("image_size", "mean", "std")]
     for key in settings:
         if key not in known + sees:
@@ -730,9 +715,7 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
     if resolved not in DTYPES.values():
         raise ConfigError("dtype", f"is {dtype!r}", legal=", ".join(["auto", *DTYPES]))
     if resolved is torch.float16 and device.type == "cpu":
-        warnings.warn(
-            "float16 on a CPU is many times slower than float32; use dtype='auto'", UserWarning, stacklevel=4
-        )
+        warnings.warn("float16 on a CPU is many times slower than float32; use dtype='auto'", UserWarning, stacklevel=4)
     return resolved
 
 

@@ -189,9 +189,7 @@ def _quickdraw_stroke(axes: object) -> np.ndarray:
 # The frame
 
 
-def _framed(
-    strokes: list[np.ndarray], frame: tuple[float, float] | None = None, pen: float | None = None
-) -> Strokes:
+def _framed(strokes: list[np.ndarray], frame: tuple[float, float] | None = None, pen: float | None = None) -> Strokes:
     """Strokes in a frame; without one, moved into their bounding box and a margin.
 
     A small frame whose sides are not whole numbers is enlarged to 256: a unit is a pixel, and a frame of 1 x
@@ -587,9 +585,7 @@ def _line(start: complex, end: complex) -> list[complex]:
     return [start + (end - start) / 3, end - (end - start) / 3, end]
 
 
-def _arc(
-    start: complex, end: complex, radii: complex, tilt: float, large: bool, sweep: bool
-) -> list[complex]:
+def _arc(start: complex, end: complex, radii: complex, tilt: float, large: bool, sweep: bool) -> list[complex]:
     """An elliptic arc as cubic curves of a quarter turn at most: [control, control, end, ...]."""
     if start == end:
         return []

@@ -40,9 +40,7 @@ def data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def members(
-    data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., list[Path]]:
+def members(data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
     """`members("sketchy", "…/sketch/", 3)` extracts the first files under that prefix."""
 
     def extract(name: str, prefix: str, count: int) -> list[Path]:

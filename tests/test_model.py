@@ -98,9 +98,7 @@ def test_another_process_gets_the_same(model: SketchFusion, tmp_path: Path) -> N
     )
     out = tmp_path / "features.safetensors"
     arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "picture.png"), str(out)]
-    subprocess.run(
-        [sys.executable, "-c", script, *arguments], check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
-    )
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
     assert agree(Features.load(out), reloaded.encode(PICTURES[0]), 1e-5)
 
 
@@ -120,7 +118,7 @@ def test_ensembles_average_antithetic_maps_and_encode_once(model: SketchFusion) 
     assert calls == {"vae": 1, "unet": 4, "aggregator": 1}
     assert distance(four.dense, model.encode(PICTURES[0]).dense) > 1e-3
 
-    pixels, geometry = model.preprocess(PICTURES[0])
+    pixels, _ = model.preprocess(PICTURES[0])
     latents, tokens = model.embed(pixels[None])
     noised = [model.diffusion.add_noise(latents, member) for member in range(4)]
     clean = model.diffusion.alpha_bar**0.5 * latents
@@ -179,9 +177,7 @@ def test_size_changes_the_canvas_and_nothing_else(model: SketchFusion) -> None:
         ({"normalise": True}, "normalise"),
     ],
 )
-def test_illegal_arguments_name_the_legal_ones(
-    model: SketchFusion, arguments: dict[str, Any], key: str
-) -> None:
+def test_illegal_arguments_name_the_legal_ones(model: SketchFusion, arguments: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         model.encode(PICTURES[0], **arguments)
     assert caught.value.key == key
@@ -226,9 +222,7 @@ def test_a_bad_image_is_named_and_the_good_ones_before_it_come_out(model: Sketch
     assert caught.value.index is None
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(
-    model: SketchFusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_halves_the_batch_and_goes_on(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     forward = model.forward
 
@@ -244,9 +238,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     assert sizes == [7, 4, 2, 2, 2, 1]
 
 
-def test_out_of_memory_for_one_image_is_one_clear_error(
-    model: SketchFusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_for_one_image_is_one_clear_error(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> Features:
         raise torch.OutOfMemoryError("simulated")
 
@@ -269,7 +261,7 @@ def test_progress_on_request(model: SketchFusion, capsys: pytest.CaptureFixture[
 
 
 def test_padding_does_not_reach_the_pooled_vector(model: SketchFusion) -> None:
-    pixels, geometry = model.preprocess(picture(0, 64, 16))
+    _, geometry = model.preprocess(picture(0, 64, 16))
     assert (geometry.left, geometry.inner_height) == (0, 16)
     features = model.encode(picture(0, 64, 16))
     mask = geometry.mask(12)
@@ -337,9 +329,7 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
 
 def test_a_dataloader_with_workers_feeds_forward(model: SketchFusion) -> None:
-    loader = DataLoader(
-        Pictures(model.preprocess), batch_size=3, num_workers=2, multiprocessing_context="spawn"
-    )
+    loader = DataLoader(Pictures(model.preprocess), batch_size=3, num_workers=2, multiprocessing_context="spawn")
     pooled = torch.cat([model(*items).pooled.detach() for items in loader])
     assert distance(pooled, model.encode(PICTURES[:6]).pooled) < 1e-4
 
@@ -410,7 +400,7 @@ def test_float16_on_a_cpu_warns(backbones: dict[str, Path]) -> None:
 def test_what_never_runs_is_gone(model: SketchFusion) -> None:
     names = [name for name, _ in model.diffusion.named_parameters()]
     assert not [name for name in names if "decoder" in name or "post_quant" in name]
-    assert not [name for name in names if "up_blocks.3" in name or "conv_out.weight" == name]
+    assert not [name for name in names if "up_blocks.3" in name or name == "conv_out.weight"]
     assert [name for name in names if "up_blocks.2" in name]
 
 

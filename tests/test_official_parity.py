@@ -35,9 +35,7 @@ def section(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def run(
-    golden: tuple[dict[str, torch.Tensor], dict[str, str]], *, inject_skips: bool
-) -> dict[str, torch.Tensor]:
+def run(golden: tuple[dict[str, torch.Tensor], dict[str, str]], *, inject_skips: bool) -> dict[str, torch.Tensor]:
     """The released forward with our modules: every tapped map, and `dense`."""
     tensors, metadata = golden
     config: dict[str, Any] = json.loads(metadata["unet_config"])

@@ -190,9 +190,7 @@ def load(origin: Location | Any, dtype: torch.dtype, variant: str | None) -> tup
     if isinstance(origin, Location):
         vae = origin.inside("vae").load(AutoencoderKL, torch_dtype=dtype, variant=variant)
         unet = origin.inside("unet").load(UNet2DConditionModel, torch_dtype=dtype, variant=variant)
-        scheduler = DDPMScheduler.from_config(
-            json.loads(origin.file("scheduler/scheduler_config.json").read_text())
-        )
+        scheduler = DDPMScheduler.from_config(json.loads(origin.file("scheduler/scheduler_config.json").read_text()))
     else:
         # Not the module's own .to(): diffusers' logs a warning whenever it is given a dtype.
         vae, unet = (nn.Module.to(shared_copy(module), dtype) for module in (origin.vae, origin.unet))

@@ -39,13 +39,9 @@ class SemanticBackbone(nn.Module):
         super().__init__()
         patch = getattr(model.config, "patch_size", None)
         if not isinstance(patch, int):
-            raise LoadError(
-                f"{type(model).__name__} has no patch_size: the semantic backbone is a vision transformer"
-            )
+            raise LoadError(f"{type(model).__name__} has no patch_size: the semantic backbone is a vision transformer")
         if image_size % patch:
-            raise ConfigError(
-                "semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}"
-            )
+            raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
         self.model, self.image_size, self.grid = model, image_size, image_size // patch
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -86,7 +82,7 @@ class SemanticBackbone(nn.Module):
         return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
 
-def load(origin: Location | nn.Module, dtype: torch.dtype) -> Any:
+def load(origin: Location | Any, dtype: torch.dtype) -> Any:
     """The vision model from a location in transformers' layout, or from a loaded module (copied, not touched).
 
     Of a model with a text tower, only the vision tower is built.
@@ -97,15 +93,13 @@ def load(origin: Location | nn.Module, dtype: torch.dtype) -> Any:
     if isinstance(origin, Location):
         origin.file("config.json")
         with origin.explained("config.json"):
-            config = AutoConfig.from_pretrained(
-                origin.source, subfolder=origin.folder, **origin.hub_arguments()
-            )
+            config = AutoConfig.from_pretrained(origin.source, subfolder=origin.folder, **origin.hub_arguments())
         return origin.load(AutoModel, config=getattr(config, "vision_config", config), dtype=dtype)
     model: Any = shared_copy(origin)
     return (model.vision_model if hasattr(model.config, "vision_config") else model).to(dtype)
 
 
-def published_normalisation(origin: Location | nn.Module) -> tuple[Triple, Triple] | None:
+def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | None:
     """Mean and standard deviation from `preprocessor_config.json`; CLIP's for a loaded CLIP; else None."""
     if isinstance(origin, Location):
         try:

@@ -53,9 +53,7 @@ class Aggregator(Masters):
         mixing = self.mixing_weights.softmax(0)
         dense = None
         for weight, (tap, bottleneck) in zip(mixing, self.taps.items(), strict=True):
-            resized = F.interpolate(
-                maps[tap], size=(self.grid, self.grid), mode="bilinear", align_corners=False
-            )
+            resized = F.interpolate(maps[tap], size=(self.grid, self.grid), mode="bilinear", align_corners=False)
             term = weight.to(resized.dtype) * bottleneck(resized)
             dense = term if dense is None else dense + term
         assert dense is not None  # the configuration has at least one tap
