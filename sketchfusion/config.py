@@ -28,7 +28,7 @@ class BackboneConfig:
     revision: str | None  # commit of the Hub repository; null for a folder
     image_size: int  # side of the square canvas, pixels
     mean: tuple[float, float, float]  # pixels in [0, 1] become (pixels - mean) / std
-    std: tuple[float, float, float]
+    std: tuple[float, float, float]  # above 0
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,23 @@ class Config:
     Sites and taps are named after the UNet's blocks: `down0` … `down3`, `mid`, `up0` … `up3`.
     """
 
-    diffusion: BackboneConfig
-    semantic: BackboneConfig
+    diffusion: BackboneConfig  # Stable Diffusion 1.x or 2.x, in diffusers' layout
+    semantic: BackboneConfig  # CLIP or another vision transformer, in transformers' layout
     timestep: int = 195  # the one diffusion step at which the UNet runs
     noise_seed: int = 0  # noise n_j is drawn from seed noise_seed + j
     ensemble: int = 1  # noised copies averaged an image: 1, or an even number of antithetic members
-    sites: tuple[str, ...] = ("down0", "down1", "down2", "down3", "up0", "up1", "up2")
+    sites: tuple[str, ...] = ("down0", "down1", "down2", "down3", "up0", "up1", "up2")  # blocks that are injected into
     inject_skips: bool = True  # the last skip of a down block receives the injection too, as in the script
-    taps: tuple[str, ...] = ("up0", "up1", "up2")
+    taps: tuple[str, ...] = ("up0", "up1", "up2")  # blocks whose output, after injection, is aggregated
     aggregator_width: int = 1280  # D, channels of the dense map and length of the pooled vector
     aggregator_grid: int = 60  # the dense map is grid × grid cells
     aggregator_groups: int = 32  # groups of the aggregator's group norms
-    pooling: str = "max"
+    pooling: str = "max"  # over the cells that lie on the image; the only one there is
     task: str | None = None  # what the adapters and the aggregator were trained for; null: untrained
-    training_data: str | None = None
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    training_data: str | None = None  # what they saw
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # measured on data that was not trained on
     license: str | None = None  # terms of the weights; they follow the data, not the code
-    format_version: int = FORMAT_VERSION
+    format_version: int = FORMAT_VERSION  # of this file
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:

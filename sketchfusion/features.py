@@ -133,10 +133,11 @@ class Features:
         single = isinstance(self.geometry.width, int)
         dense = _tensor(self.dense)
         try:
-            places = _tensor(points) if isinstance(points, np.ndarray) else torch.as_tensor(points)
-        except (TypeError, ValueError, RuntimeError) as error:
+            if not isinstance(points, Tensor | np.ndarray):
+                points = np.asarray(points, dtype=np.float64)
+            places = _tensor(points).to(dense.device)
+        except (TypeError, ValueError) as error:
             raise SketchFusionError(f"points are numbers in an array, a tensor or lists: {error}") from None
-        places = places.to(dense.device)
         if not places.is_floating_point():
             places = places.double()
         expected = "(P, 2)" if single else f"(P, 2) or ({len(self)}, P, 2)"

@@ -137,6 +137,7 @@ class Strokes:
         """
         scale = np.array([width, height]) / np.array(self.size)
         pen = max(self.pen * math.sqrt(scale[0] * scale[1]), 1.0)
+        pen = min(pen, width + height)  # which blackens everything already
         reach = pen / 2 + 0.5  # ink fades out over the pixel that the pen's edge crosses
         segments = np.concatenate([_segments(stroke * scale) for stroke in self.strokes])
         ink = np.zeros((height, width), dtype=np.float32)
@@ -503,7 +504,7 @@ class _Path:
             chain = chain or [here]  # after Z the next subpath begins where the last one did
             match kind:
                 case "Z":
-                    curves = _line(here, start)
+                    curves = _line(here, start) if here != start or len(chain) == 1 else []
                 case "L":
                     curves = _line(here, origin + self._point())
                 case "H":

@@ -54,9 +54,7 @@ def pixels(image: Any) -> np.ndarray:
 
 @settings(max_examples=80, deadline=None)
 @given(sides, sides, canvases, st.integers(1, 70))
-def test_the_letterbox_inverts_and_always_counts_a_cell(
-    width: int, height: int, canvas: int, grid: int
-) -> None:
+def test_the_letterbox_inverts_and_always_counts_a_cell(width: int, height: int, canvas: int, grid: int) -> None:
     geometry = letterbox(width, height, canvas)
     points = torch.tensor([[0, 0], [0.5, 0.5], [width / 3, height / 7], [width, height]], dtype=torch.float64)
     on_canvas = geometry.to_canvas(points)
@@ -107,9 +105,7 @@ def test_a_batch_agrees_with_its_images() -> None:
     torch.testing.assert_close(
         batch.to_canvas(points), torch.stack([s.to_canvas(p) for s, p in zip(singles, points, strict=True)])
     )
-    torch.testing.assert_close(
-        batch.to_canvas(points[0]), torch.stack([s.to_canvas(points[0]) for s in singles])
-    )
+    torch.testing.assert_close(batch.to_canvas(points[0]), torch.stack([s.to_canvas(points[0]) for s in singles]))
     torch.testing.assert_close(batch.to_original(batch.to_canvas(points)), points)
 
 
@@ -148,9 +144,7 @@ def test_a_data_loader_collates_pixels_and_geometry(workers: int) -> None:
     ((batch, geometry),) = DataLoader(Listed(items, preprocess), batch_size=3, num_workers=workers)
     assert batch.shape == (3, 3, 32, 32)
     assert isinstance(geometry, Geometry)
-    assert all(
-        torch.equal(a, b) for a, b in zip(geometry, collate([preprocess(i)[1] for i in items]), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(geometry, collate([preprocess(i)[1] for i in items]), strict=True))
     assert torch.equal(batch[1], preprocess(items[1])[0])
 
 
@@ -263,9 +257,7 @@ def test_palettes_and_their_transparency() -> None:
     as_int = encoded(image, transparency=1)
     assert pixels(Image.open(io.BytesIO(as_int))).tolist() == [[[255, 0, 0], [255, 255, 255], [0, 0, 255]]]
     as_bytes = encoded(image, transparency=bytes([255, 0, 128]))
-    assert pixels(Image.open(io.BytesIO(as_bytes))).tolist() == [
-        [[255, 0, 0], [255, 255, 255], [127, 127, 255]]
-    ]
+    assert pixels(Image.open(io.BytesIO(as_bytes))).tolist() == [[[255, 0, 0], [255, 255, 255], [127, 127, 255]]]
 
 
 def test_a_transparent_colour_is_paper() -> None:
@@ -628,6 +620,14 @@ def test_the_time_of_a_download_is_bounded(site: str, path: str, monkeypatch: py
     assert time.monotonic() - started < 2
 
 
+def test_a_download_that_is_late_ends_by_itself(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "URL_SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        images._fetched(f"{site}/drip")
+    assert time.monotonic() - started < 2
+
+
 def test_a_server_that_is_not_there() -> None:
     refused("http://127.0.0.1:1/cat.png", "unreachable")
     refused("http://", "unreachable|cannot be fetched")
@@ -684,9 +684,7 @@ def test_iterators_are_drawn_from_one_by_one() -> None:
     assert drawn == [0]
 
 
-@pytest.mark.parametrize(
-    "thing", [None, {"a": "b.png"}, {"a.png"}, frozenset(), b"x", 7, 1.5, io.BytesIO(), object()]
-)
+@pytest.mark.parametrize("thing", [None, {"a": "b.png"}, {"a.png"}, frozenset(), b"x", 7, 1.5, io.BytesIO(), object()])
 def test_what_is_neither_an_image_nor_many(thing: Any) -> None:
     with pytest.raises(ImageError, match="accepted") as caught:
         as_stream(thing)
