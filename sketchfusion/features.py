@@ -1,5 +1,7 @@
 """Features: what encoding an image, or a batch of them, gives."""
 
+from __future__ import annotations
+
 import json
 import operator
 import os
@@ -15,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from sketchfusion.errors import LoadError, SketchFusionError
-from sketchfusion.images import Geometry
+from .errors import LoadError, SketchFusionError
+from .images import Geometry
 
 FORMAT = "sketchfusion.features.1"  # the `format` in a saved file's metadata
 
@@ -25,15 +27,14 @@ FORMAT = "sketchfusion.features.1"  # the `format` in a saved file's metadata
 class Features:
     """The features of one image, or of a batch of N.
 
+    A batch has a length and is indexed: an int gives a single image's Features, a slice a smaller batch; both are
+    views.
+
     Attributes:
         pooled: (D,), or (N, D) for a batch; a tensor or an array; None where it was not asked for.
         dense: (D, h, w), or (N, D, h, w); the map of the square canvas, its white padding included; or None.
-        geometry: where the images lie on the canvas; ints, or (N,) tensors for a batch, whatever the others
-        are. paths: where the images came from, N of them (1 for a single image), if the features were saved
-        with that.
-
-    A batch has a length, and is indexed: an int gives a single image's Features, a slice a smaller batch;
-    both are views.
+        geometry: where the images lie on the canvas: ints, or (N,) tensors for a batch, whatever the others are.
+        paths: where the images came from, N of them (1 for a single image), if a saved file said so.
     """
 
     pooled: Any  # Tensor | np.ndarray | None: a union would make every caller narrow it first
@@ -46,7 +47,7 @@ class Features:
             raise TypeError("the features of a single image have no length; encode a list for a batch")
         return len(self.geometry.width)
 
-    def __getitem__(self, index: int | slice) -> "Features":
+    def __getitem__(self, index: int | slice) -> Features:
         count = len(self)
         paths = self.paths
         if isinstance(index, slice):
@@ -65,7 +66,7 @@ class Features:
         dense = None if self.dense is None else self.dense[rows]
         return Features(pooled, dense, geometry, paths)
 
-    def __iter__(self) -> Iterator["Features"]:
+    def __iter__(self) -> Iterator[Features]:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
@@ -82,7 +83,7 @@ class Features:
         )
         return f"Features({images}; pooled: {shown(self.pooled)}; dense: {shown(self.dense)})"
 
-    def to(self, *args: Any, **kwargs: Any) -> "Features":
+    def to(self, *args: Any, **kwargs: Any) -> Features:
         """The same features on another device or in another dtype: the arguments of `torch.Tensor.to`.
 
         Arrays become tensors. The geometry follows to the device and stays in integers.
@@ -96,10 +97,8 @@ class Features:
             geometry = Geometry(*(torch.as_tensor(field).to(moved.device) for field in geometry))
         return replace(self, pooled=pooled, dense=dense, geometry=geometry)
 
-    def numpy(self) -> "Features":
-        """The same features as arrays in host memory; bfloat16, which numpy does not have, becomes
-        float32.
-        """
+    def numpy(self) -> Features:
+        """The same features as arrays in host memory; bfloat16, which numpy does not have, becomes float32."""
 
         def array(value: Tensor | np.ndarray | None) -> np.ndarray | None:
             if not isinstance(value, Tensor):
@@ -115,18 +114,19 @@ class Features:
     def at(self, points: Tensor | np.ndarray | Sequence) -> Any:
         """The dense features at points of the original image, interpolated bilinearly.
 
+        Between the outermost cells' centres and the canvas's edge the outermost cells' features hold.
+
         Args:
             points: (P, 2), or for a batch (P, 2), the same points in every image, or (N, P, 2). x then y, in
-            original
-                pixels, continuous: the centre of the top-left pixel is (0.5, 0.5), and the image reaches from
-                (0, 0) to (width, height).
+                continuous original pixels: the centre of the top-left pixel is (0.5, 0.5), and the image reaches
+                from (0, 0) to (width, height).
 
-        Returns (P, D), or (N, P, D) for a batch: a tensor through which gradients flow, or an array where the
-        features are arrays. Between the outermost cells' centres and the canvas's edge the outermost cells'
-        features hold.
+        Returns:
+            (P, D), or (N, P, D) for a batch: a tensor through which gradients flow, or an array where the features
+            are arrays.
 
-        Raises SketchFusionError where there is no dense map, the shape is another, or a point lies outside
-        the image.
+        Raises:
+            SketchFusionError: there is no dense map, the points have another shape, or one lies outside its image.
         """
         if self.dense is None:
             raise SketchFusionError("these features have no dense map to sample; encode with dense=True")
@@ -168,13 +168,14 @@ class Features:
             raise SketchFusionError(f"point {p} ({x:g}, {y:g}) is outside {where} of {width} x {height} pixels")
 
     def save(self, path: str | os.PathLike, paths: Sequence[str] | None = None) -> None:
-        """Writes a safetensors file: `pooled`, `dense`, `geometry.width` and so on; it appears complete or
-        not at all.
+        """Write a safetensors file with `pooled`, `dense` and `geometry.*`: it appears complete or not at all.
 
-        `paths`, one for each image, replaces the features' own; stored in the metadata as a JSON list under
-        "paths".
+        Args:
+            path: the file.
+            paths: where the images came from, one each, instead of the features' own; a JSON list in the metadata.
 
-        Raises SketchFusionError where the number of paths is another, or the file cannot be written.
+        Raises:
+            SketchFusionError: the number of paths is another, or the file cannot be written.
         """
         paths = self.paths if paths is None else [os.fsdecode(image) for image in paths]
         count = 1 if isinstance(self.geometry.width, int) else len(self)
@@ -199,10 +200,11 @@ class Features:
             unfinished.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Features":
-        """Reads what `save` wrote, into tensors in host memory, `paths` included.
+    def load(cls, path: str | os.PathLike) -> Features:
+        """Read what `save` wrote into tensors in host memory, `paths` included.
 
-        Raises LoadError, which names the file, where it is missing, damaged or not one of ours.
+        Raises:
+            LoadError: the file is missing, damaged or not one of ours.
         """
         try:
             with safe_open(path, framework="pt") as file:

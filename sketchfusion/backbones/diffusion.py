@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,10 +16,12 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
 from ..errors import LoadError
-from ..hub import Location
+from ..hub import Location, MissingFile, undisturbed
 from . import shared_copy
 
 Hook = Callable[[Tensor], Tensor]
+WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls its weights
+SCHEDULER = "scheduler/scheduler_config.json"
 
 # What a UNet may be conditioned on besides the timestep and the prompt: nothing that we could give it.
 _FOREIGN_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
@@ -188,20 +192,29 @@ def load(origin: Location | Any, dtype: torch.dtype, variant: str | None) -> tup
         LoadError: something is missing, not safetensors, corrupt, or a UNet of another family.
     """
     if isinstance(origin, Location):
-        vae = origin.inside("vae").load(AutoencoderKL, torch_dtype=dtype, variant=variant)
-        unet = origin.inside("unet").load(UNet2DConditionModel, torch_dtype=dtype, variant=variant)
-        scheduler = DDPMScheduler.from_config(json.loads(origin.file("scheduler/scheduler_config.json").read_text()))
+        vae = origin.inside("vae").load(AutoencoderKL, WEIGHTS, variant=variant, torch_dtype=dtype)
+        unet = origin.inside("unet").load(UNet2DConditionModel, WEIGHTS, variant=variant, torch_dtype=dtype)
+        path = origin.file(SCHEDULER)
+        with origin.explained(f"reading {path}"):
+            settings = json.loads(path.read_text(encoding="utf-8"))
     else:
+        for part in ("vae", "unet", "scheduler"):
+            if getattr(origin, part, None) is None:
+                raise LoadError(
+                    f"{type(origin).__name__} has no {part}: the diffusion backbone is a Stable Diffusion pipeline, "
+                    "a folder in diffusers' layout or a Hub repository"
+                )
         # Not the module's own .to(): diffusers' logs a warning whenever it is given a dtype.
         vae, unet = (nn.Module.to(shared_copy(module), dtype) for module in (origin.vae, origin.unet))
-        scheduler = origin.scheduler
+        settings = origin.scheduler.config
     for key in _FOREIGN_CONDITIONS:
         if unet.config.get(key) is not None:
             raise LoadError(f"this UNet is conditioned by {key}; Stable Diffusion 1.x and 2.x are supported")
-    return vae, unet, scheduler
+    with undisturbed():
+        return vae, unet, DDPMScheduler.from_config(settings)
 
 
-def make_null_prompt(origin: Location | Any) -> Tensor:
+def make_null_prompt(origin: Location | Any, variant: str | None = None) -> Tensor:
     """(L, cross_attention_dim): the text encoder's output for the empty prompt, in float32.
 
     Run once, when a checkpoint is first built; afterwards the embedding is part of the checkpoint.
@@ -209,17 +222,42 @@ def make_null_prompt(origin: Location | Any) -> Tensor:
     Raises:
         LoadError: the source has no `text_encoder` or no `tokenizer`.
     """
-    if isinstance(origin, Location):
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        encoder = origin.inside("text_encoder").load(CLIPTextModel, dtype=torch.float32)
-        tokenizer = origin.inside("tokenizer").load_tokenizer(CLIPTokenizer)
-    else:
-        encoder, tokenizer = shared_copy(origin.text_encoder).float(), origin.tokenizer
-    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    try:
+        encoder, tokenizer = _load_text_encoder(origin, variant)
+    except MissingFile as error:
+        raise LoadError(f"{error}: pass null_prompt=, the embedding of the empty prompt, to do without") from error
+    ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    if (
+        ids[0, :2].tolist() != [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        or ids.max() >= encoder.config.vocab_size
+    ):
+        raise LoadError(
+            f"the tokenizer of {origin} does not fit its text encoder: the empty prompt is {ids[0].tolist()}"
+        )
     with torch.no_grad():
-        prompt: Tensor = encoder.eval()(tokens.input_ids.to(encoder.device)).last_hidden_state[0]
+        prompt: Tensor = encoder.eval()(ids.to(encoder.device)).last_hidden_state[0]
     return prompt.cpu()
+
+
+def _load_text_encoder(origin: Location | Any, variant: str | None) -> tuple[Any, Any]:
+    if not isinstance(origin, Location):
+        for part in ("text_encoder", "tokenizer"):
+            if getattr(origin, part, None) is None:
+                raise MissingFile(f"{type(origin).__name__} has no {part}")
+        return shared_copy(origin.text_encoder).float(), origin.tokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    inside = origin.inside("text_encoder")
+    try:
+        encoder = inside.load(CLIPTextModel, "model", dtype=torch.float32)
+    except MissingFile:
+        encoder = inside.load(CLIPTextModel, "model", variant=variant, dtype=torch.float32)
+    folder = origin.file("tokenizer/tokenizer_config.json").parent
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+        with suppress(MissingFile):  # published are the first, or the next three
+            origin.file(f"tokenizer/{name}")
+    with origin.explained(f"loading the tokenizer from {folder}"), undisturbed():
+        return encoder, CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def save_complete(origin: Location | Any, target: Path, variant: str | None) -> None:
@@ -229,8 +267,9 @@ def save_complete(origin: Location | Any, target: Path, variant: str | None) -> 
     """
     if isinstance(origin, Location):
         for part in ("vae", "unet"):
-            origin.inside(part).copy_model(target / part, variant=variant)
-        origin.inside("scheduler").copy_model(target / "scheduler", marker="scheduler_config.json")
+            origin.inside(part).copy_model(target / part, WEIGHTS, variant=variant)
+        (target / SCHEDULER).parent.mkdir(parents=True)
+        shutil.copyfile(origin.file(SCHEDULER), target / SCHEDULER)
     else:
         for part in ("vae", "unet", "scheduler"):
             getattr(origin, part).save_pretrained(target / part)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,10 +16,11 @@ from transformers import AutoConfig, AutoModel
 
 from ..config import CLIP_MEAN, CLIP_STD
 from ..errors import ConfigError, LoadError
-from ..hub import Location
+from ..hub import Location, MissingFile, undisturbed
 from . import shared_copy
 
 Triple = tuple[float, float, float]
+PREPROCESSOR = "preprocessor_config.json"
 
 
 class SemanticBackbone(nn.Module):
@@ -37,9 +40,7 @@ class SemanticBackbone(nn.Module):
 
     def __init__(self, model: Any, *, image_size: int, mean: Triple, std: Triple):
         super().__init__()
-        patch = getattr(model.config, "patch_size", None)
-        if not isinstance(patch, int):
-            raise LoadError(f"{type(model).__name__} has no patch_size: the semantic backbone is a vision transformer")
+        patch = model.config.patch_size
         if image_size % patch:
             raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
         self.model, self.image_size, self.grid = model, image_size, image_size // patch
@@ -91,28 +92,44 @@ def load(origin: Location | Any, dtype: torch.dtype) -> Any:
         LoadError: not a model transformers knows; something is missing, not safetensors or corrupt.
     """
     if isinstance(origin, Location):
-        origin.file("config.json")
-        with origin.explained("config.json"):
-            config = AutoConfig.from_pretrained(origin.source, subfolder=origin.folder, **origin.hub_arguments())
-        return origin.load(AutoModel, config=getattr(config, "vision_config", config), dtype=dtype)
+        path = origin.file("config.json")
+        with origin.explained(f"reading {path}"):
+            config = AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
+        config = getattr(config, "vision_config", config)
+        return origin.load(AutoModel, "model", config=config, dtype=dtype, trust_remote_code=False)
+    if not isinstance(origin, nn.Module) or not hasattr(origin, "config"):
+        raise LoadError(
+            f"{type(origin).__name__} is no transformers model: the semantic backbone is a loaded one, a folder in "
+            "transformers' layout or a Hub repository"
+        )
     model: Any = shared_copy(origin)
     return (model.vision_model if hasattr(model.config, "vision_config") else model).to(dtype)
 
 
+def native_size(model: Any) -> int:
+    """Side of the canvas that a vision transformer was trained on, pixels."""
+    return int(model.config.image_size)
+
+
 def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | None:
     """Mean and standard deviation from `preprocessor_config.json`; CLIP's for a loaded CLIP; else None."""
-    if isinstance(origin, Location):
-        try:
-            values = json.loads(origin.file("preprocessor_config.json").read_text())
-        except LoadError:
-            return None
+    if not isinstance(origin, Location):
+        return (CLIP_MEAN, CLIP_STD) if origin.config.model_type.startswith("clip") else None
+    try:
+        path = origin.file(PREPROCESSOR)
+    except MissingFile:
+        return None
+    with origin.explained(f"reading {path}"):
+        values = json.loads(path.read_text(encoding="utf-8"))
         return tuple(values["image_mean"]), tuple(values["image_std"])
-    return (CLIP_MEAN, CLIP_STD) if origin.config.model_type.startswith("clip") else None
 
 
-def save_complete(origin: Location | Any, target: Path, variant: str | None) -> None:
+def save_complete(origin: Location | Any, target: Path) -> None:
     """Write the model in transformers' layout into `target`."""
-    if isinstance(origin, Location):
-        origin.copy_model(target, variant=variant)
-    else:
-        origin.save_pretrained(target)
+    if not isinstance(origin, Location):
+        with undisturbed():
+            origin.save_pretrained(target)
+        return
+    origin.copy_model(target, "model")
+    with suppress(LoadError):  # not needed, and nice to have for who loads the folder with transformers
+        shutil.copyfile(origin.file(PREPROCESSOR), target / PREPROCESSOR)

@@ -1,0 +1,133 @@
+"""The command line as a user meets it: its output and its exit code, once in a process of its own."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from sketchfusion import Features, SketchFusion, __version__
+from sketchfusion.cli import main
+
+IMAGES = Path(__file__).parents[1] / "examples" / "images"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two good images and two bad ones, in a folder that is not the repository."""
+    root = tmp_path_factory.mktemp("cli")
+    for name in ("cat.jpg", "cat.svg"):
+        shutil.copy(IMAGES / name, root)
+    (root / "broken.png").write_bytes((root / "cat.jpg").read_bytes()[:2000])
+    (root / "text.png").write_text("no image")
+    return root
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """`run("encode", "a.png")` in the folder; in this process, since importing torch takes seconds."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["sketchfusion", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return Done(exit.value.code or 0, *capfd.readouterr())
+
+    return call
+
+
+def test_encode_writes_what_the_library_computes(folder: Path) -> None:
+    arguments = ["encode", "cat.svg", "cat.jpg", "--out", "f.safetensors", "--json", "--dtype", "float32"]
+    command = [sys.executable, "-m", "sketchfusion", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = json.loads(done.stdout)
+    features = Features.load(folder / "f.safetensors")
+    expected = SketchFusion.from_pretrained(dtype="float32").encode([folder / "cat.svg", folder / "cat.jpg"])
+    assert features.paths == ["cat.svg", "cat.jpg"]
+    for row, path, one, reference in zip(rows, features.paths, features, expected, strict=True):
+        assert row["path"] == path
+        assert row["pooled"] == list(one.pooled.shape)
+        assert row["dense"] == list(one.dense.shape)
+        assert row["norm"] == pytest.approx(float(one.pooled.norm()))
+        assert (one.dense - reference.dense).norm() < 1e-4 * reference.dense.norm()
+
+
+def test_good_images_are_written_and_each_bad_one_gets_a_line(run: Run, folder: Path) -> None:
+    done = run("encode", "broken.png", "cat.jpg", "text.png", "gone.png", "--out", "g.safetensors", "--json")
+    assert done.returncode == 2
+    assert [row["path"] for row in json.loads(done.stdout)] == ["cat.jpg"]
+    assert Features.load(folder / "g.safetensors").paths == ["cat.jpg"]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(name in line for name, line in zip(["broken.png", "text.png", "gone.png"], lines, strict=True))
+
+
+def test_nothing_good_writes_nothing(run: Run, folder: Path) -> None:
+    done = run("encode", "text.png", "--out", "nothing.safetensors", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout) == []
+    assert not (folder / "nothing.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["encode", "cat.jpg", "--out", "nowhere/f.safetensors"], "nowhere"),
+        (["encode", "cat.jpg", "--out", "."], "--out"),
+        (["encode", "cat.jpg", "--size", "100"], "multiple of 8"),
+        (["encode", "cat.jpg", "--ensemble", "3"], "even"),
+        (["encode", "cat.jpg", "--dtype", "int8"], "float32"),
+        (["encode", "cat.jpg", "--device", "abacus"], "device"),
+        (["encode", "cat.jpg", "--model", "no-such-model"], "mini"),
+        (["info", "no-such-model"], "mini"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(run: Run, arguments: list[str], named: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert named in done.stderr
+
+
+def test_usage_errors_exit_with_2(run: Run) -> None:
+    assert run("encode").returncode == 2
+    assert run("paint").returncode == 2
+
+
+def test_info(run: Run) -> None:
+    summary = json.loads(run("info", "--json").stdout)
+    model = SketchFusion.from_pretrained()
+    assert summary["config"] == json.loads(model.config.to_json())
+    assert summary["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert summary["parameters"].keys() == {"vae", "unet", "semantic", "adapters", "aggregator", "total"}
+    assert summary["bytes"]["aggregator"] == 4 * summary["parameters"]["aggregator"]
+    assert summary["device"] in ("cpu", "cuda", "mps", "cuda:0", "mps:0")
+    assert "unet" in run("info").stdout
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version").stdout.strip() == __version__
+    assert "encode" in run("--help").stdout
+
+
+@pytest.mark.parametrize("code", ["import sketchfusion", "import sketchfusion.cli"])
+def test_importing_loads_no_heavy_library(code: str) -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'numpy', 'PIL'}"
+    check = f"import sys; {code}; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
