@@ -39,8 +39,8 @@ features.pooled, features.dense  # ({width},), ({width}, {grid}, {grid})
 """
 
 
-def render(config: Config, name: str = "path/or/repository") -> str:
-    """The card of a checkpoint that `from_pretrained(name)` loads."""
+def render(config: Config, name: str | None = None) -> str:
+    """The card of a checkpoint that `from_pretrained(name)` loads, where its name is known."""
     hub = [b.source for b in (config.diffusion, config.semantic) if b.revision is not None]
     return TEMPLATE.format(
         license="other" if config.license else "unknown",
@@ -54,7 +54,7 @@ def render(config: Config, name: str = "path/or/repository") -> str:
         timestep=config.timestep,
         width=config.aggregator_width,
         grid=config.aggregator_grid,
-        name=name,
+        name=name or "path/or/repository",
     )
 
 

@@ -164,8 +164,7 @@ def letterbox(width: int, height: int, canvas: int) -> Geometry:
 
 
 def as_stream(images: object) -> tuple[Iterator[ImageInput], bool]:
-    """What `encode` was given -> (its images, whether it was a single one). Iterators are not drawn from
-    here.
+    """What `encode` was given -> (its images, whether it was a single one). Iterators are not drawn from here.
 
     A string, path, PIL image, Strokes, array or tensor is a single image; a tensor of four dimensions is the
     list of its images. Any other iterable is one of images; whether each is one shows when it is opened.
@@ -237,7 +236,7 @@ def _from_path(path: str) -> Image.Image | Strokes:
     kind = os.path.splitext(path)[1].lower()
     if kind == ".ndjson":
         raise ImageError(
-            "a file of many drawings: give it to `extract`, or one of its lines to Strokes.from_quickdraw",
+            "a file of many drawings, not an image; Strokes.from_quickdraw reads one of its lines",
             source=path,
         )
     if kind == ".svg":

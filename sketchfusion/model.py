@@ -556,7 +556,7 @@ class SketchFusion(nn.Module):
                 always included.
         """
         homeless = [name for name in self._origins if include_backbones or not self._has_address(name)]
-        self._save(Path(directory), include=homeless, name=os.fspath(directory))
+        self._save(Path(directory), include=homeless)
 
     def push_to_hub(
         self,
@@ -596,7 +596,7 @@ class SketchFusion(nn.Module):
         inside = getattr(self.config, name).source.startswith(INSIDE)
         return isinstance(self._origins[name], Location) and not inside
 
-    def _save(self, directory: Path, include: list[str], name: str) -> None:
+    def _save(self, directory: Path, include: list[str], name: str | None = None) -> None:
         config = self.config
         for part in include:
             backbone = dataclasses.replace(getattr(config, part), source=INSIDE + part, revision=None)
@@ -676,19 +676,26 @@ def _default_config(networks: _Networks, settings: dict[str, Any]) -> Config:
         if key not in known + sees:
             raise unknown_key(key, known + sees)
 
-    if {"semantic_mean", "semantic_std"} <= settings.keys():
-        mean, std = settings["semantic_mean"], settings["semantic_std"]
-    elif (published := semantic_backbone.published_normalisation(networks.origins["semantic"])) is not None:
-        mean, std = published
-    else:
+    given = {"semantic_mean", "semantic_std"} <= settings.keys()
+    published = None if given else semantic_backbone.published_normalisation(networks.origins["semantic"])
+    if published is None and not given:
         raise ConfigError(
             "semantic_mean",
             "is not known: the semantic backbone comes without a preprocessor_config.json",
             legal="three numbers, passed as semantic_mean= and semantic_std=",
         )
+    native = getattr(vision.config, "image_size", None)
+    if native is None and "semantic_image_size" not in settings:
+        raise ConfigError(
+            "semantic_image_size",
+            "is not known: the semantic backbone does not say what it was trained on",
+            legal=f"a multiple of the patch size {vision.config.patch_size}",
+        )
     scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
-    diffusion = BackboneConfig("", None, unet.config.sample_size * scale, (0.5,) * 3, (0.5,) * 3)
-    semantic = BackboneConfig("", None, semantic_backbone.native_size(vision), mean, std)
+    half = (0.5, 0.5, 0.5)
+    diffusion = BackboneConfig("", None, unet.config.sample_size * scale, half, half)
+    # What is not known was given, and is put in and checked with the other settings below.
+    semantic = BackboneConfig("", None, native or vision.config.patch_size, *(published or (half, half)))
     width = settings.get("aggregator_width", Config.aggregator_width)
     groups = unet.config.norm_num_groups
     base = Config(

@@ -32,7 +32,7 @@ class SemanticBackbone(nn.Module):
         mean, std: pixels in [0, 1] become (pixels - mean) / std.
 
     Raises:
-        ConfigError: `image_size` is no multiple of the patch size, or the model has no patches.
+        ConfigError: `image_size` is no multiple of the patch size.
     """
 
     mean: Tensor
@@ -96,19 +96,18 @@ def load(origin: Location | Any, dtype: torch.dtype) -> Any:
         with origin.explained(f"reading {path}"):
             config = AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
         config = getattr(config, "vision_config", config)
-        return origin.load(AutoModel, "model", config=config, dtype=dtype, trust_remote_code=False)
-    if not isinstance(origin, nn.Module) or not hasattr(origin, "config"):
+        model = origin.load(AutoModel, "model", config=config, dtype=dtype, trust_remote_code=False)
+    elif isinstance(origin, nn.Module) and hasattr(origin, "config"):
+        copied: Any = shared_copy(origin)
+        model = (copied.vision_model if hasattr(copied.config, "vision_config") else copied).to(dtype)
+    else:
         raise LoadError(
-            f"{type(origin).__name__} is no transformers model: the semantic backbone is a loaded one, a folder in "
-            "transformers' layout or a Hub repository"
+            f"{type(origin).__name__} is no transformers model: the semantic backbone is a vision transformer, loaded, "
+            "in a folder in transformers' layout or on the Hub"
         )
-    model: Any = shared_copy(origin)
-    return (model.vision_model if hasattr(model.config, "vision_config") else model).to(dtype)
-
-
-def native_size(model: Any) -> int:
-    """Side of the canvas that a vision transformer was trained on, pixels."""
-    return int(model.config.image_size)
+    if not isinstance(getattr(model.config, "patch_size", None), int):
+        raise LoadError(f"{type(model).__name__} has no patch_size: the semantic backbone is a vision transformer")
+    return model
 
 
 def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | None:
