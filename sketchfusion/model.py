@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,43 +29,22 @@ from .fusion.aggregation import Aggregator, max_pool
 from .fusion.injection import Adapters
 from .hub import Location
 from .images import Geometry, ImageInput, Preprocess, as_stream, collate
+from .loading import (
+    INSIDE,
+    MARKERS,
+    Access,
+    Networks,
+    Origin,
+    PathLike,
+    default_config,
+    find_checkpoint,
+    find_origin,
+    recorded,
+    resolve_device,
+    resolve_dtype,
+)
 
-BUNDLED = Path(__file__).parent / "bundled"
 WEIGHTS = "model.safetensors"
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-MARKERS = {
-    "diffusion": "unet/config.json",
-    "semantic": "config.json",
-}  # tells where a backbone was loaded from
-INSIDE = "./"  # prefix of a backbone's source: a folder inside the checkpoint
-Origin = Location | Any  # where a backbone came from: a location, or the loaded module that the caller passed
-PathLike = str | os.PathLike[str]
-
-
-class _Access(NamedTuple):
-    """How the Hub is reached."""
-
-    token: str | bool | None
-    cache_dir: PathLike | None
-    local_files_only: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Networks:
-    """The loaded parts of both backbones, and where they came from."""
-
-    vae: Any
-    unet: Any
-    scheduler: Any
-    vision: Any
-    origins: dict[str, Origin]
-    variant: str | None
-
-    @classmethod
-    def load(cls, origins: dict[str, Origin], dtype: torch.dtype, variant: str | None) -> Self:
-        vae, unet, scheduler = diffusion_backbone.load(origins["diffusion"], dtype, variant)
-        vision = semantic_backbone.load(origins["semantic"], dtype)
-        return cls(vae, unet, scheduler, vision, origins, variant)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +130,8 @@ class SketchFusion(nn.Module):
             LoadError: naming the repository or file, and what to do.
             ConfigError: `config.json` has an illegal key or value, or does not fit the backbones.
         """
-        access = _Access(token, cache_dir, local_files_only)
-        checkpoint = _find_checkpoint(source, revision, access)
+        access = Access(token, cache_dir, local_files_only)
+        checkpoint = find_checkpoint(source, revision, access)
         config = Config.load(checkpoint.file("config.json"))
         weights_path = checkpoint.safetensors(WEIGHTS)
         weights = load_file(weights_path)
@@ -164,14 +143,14 @@ class SketchFusion(nn.Module):
         for name, override in {"diffusion": diffusion, "semantic": semantic}.items():
             backbone: BackboneConfig = getattr(config, name)
             if override is not None:
-                origins[name] = _origin(override, None, access, MARKERS[name])
-                config = config.with_backbone(name, _recorded(backbone, origins[name], MARKERS[name]))
+                origins[name] = find_origin(override, None, access, MARKERS[name])
+                config = config.with_backbone(name, recorded(backbone, origins[name], MARKERS[name]))
             elif backbone.source.startswith(INSIDE):
                 origins[name] = checkpoint.inside(backbone.source.removeprefix(INSIDE))
             else:
-                origins[name] = _origin(backbone.source, backbone.revision, access, MARKERS[name])
-        torch_dtype = _resolve_dtype(dtype, _resolve_device(device))
-        networks = _Networks.load(origins, torch_dtype, variant)
+                origins[name] = find_origin(backbone.source, backbone.revision, access, MARKERS[name])
+        torch_dtype = resolve_dtype(dtype, resolve_device(device))
+        networks = Networks.load(origins, torch_dtype, variant)
         model = cls._build(config, networks, null_prompt, device)
         model._load_weights(weights, weights_path)
         if compile:
@@ -214,19 +193,19 @@ class SketchFusion(nn.Module):
             LoadError: naming the repository or file, and what to do.
             ConfigError: a setting is unknown, illegal or does not fit the backbones.
         """
-        access = _Access(token, cache_dir, local_files_only)
+        access = Access(token, cache_dir, local_files_only)
         origins = {
-            "diffusion": _origin(diffusion, diffusion_revision, access, MARKERS["diffusion"]),
-            "semantic": _origin(semantic, semantic_revision, access, MARKERS["semantic"]),
+            "diffusion": find_origin(diffusion, diffusion_revision, access, MARKERS["diffusion"]),
+            "semantic": find_origin(semantic, semantic_revision, access, MARKERS["semantic"]),
         }
-        networks = _Networks.load(origins, _resolve_dtype(dtype, _resolve_device(device)), variant)
-        config = _default_config(networks, settings)
+        networks = Networks.load(origins, resolve_dtype(dtype, resolve_device(device)), variant)
+        config = default_config(networks, settings)
         if null_prompt is None:
             null_prompt = diffusion_backbone.make_null_prompt(origins["diffusion"], variant)
         return cls._build(config, networks, null_prompt, device)
 
     @classmethod
-    def _build(cls, config: Config, networks: _Networks, null_prompt: Tensor, device: str | torch.device) -> Self:
+    def _build(cls, config: Config, networks: Networks, null_prompt: Tensor, device: str | torch.device) -> Self:
         check_blocks(config, tuple(block_widths(networks.unet)))
         steps = len(networks.scheduler.alphas_cumprod)
         if config.timestep >= steps:
@@ -251,7 +230,7 @@ class SketchFusion(nn.Module):
         model = cls(config, diffusion, semantic)
         model._null_prompt = null_prompt.detach().float()
         model._origins, model._variant = networks.origins, networks.variant
-        return model.to(_resolve_device(device))
+        return model.to(resolve_device(device))
 
     def _load_weights(self, weights: dict[str, Tensor], path: Path) -> None:
         expected = self._trained_state()
@@ -318,12 +297,13 @@ class SketchFusion(nn.Module):
         """
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
-        total = 1 if single else _length(images)
+        batches = self._stream(stream, options, 1 if single else _length(images), progress, single)
         if single:
-            features = next(self._stream(stream, options, total, progress, single))[0]
-            return features.numpy() if to == "numpy" else features
-        gathered = self._gather(self._stream(stream, options, total, progress, single), options)
-        return gathered.numpy() if to == "numpy" else gathered
+            (batch,) = batches
+            features = batch[0]
+        else:
+            features = self._gather(batches, options)
+        return features.numpy() if to == "numpy" else features
 
     def stream(
         self,
@@ -343,9 +323,9 @@ class SketchFusion(nn.Module):
 
         Where an image is refused, the good ones before it are yielded first. Arguments and errors as for `encode`.
         """
-        stream, _ = as_stream(images)
+        stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
-        batches = self._stream(stream, options, _length(images), progress, single=False)
+        batches = self._stream(stream, options, 1 if single else _length(images), progress, single=False)
         return (features.numpy() for features in batches) if to == "numpy" else batches
 
     def _options(
@@ -627,121 +607,6 @@ ENCODE_KEYWORDS = tuple(
     for name, parameter in inspect.signature(SketchFusion.encode).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
 )
-
-
-def _find_checkpoint(source: PathLike, revision: str | None, access: _Access) -> Location:
-    """A bundled name, else an existing folder, else a Hub repository."""
-    name = os.fspath(source)
-    bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
-    if name in bundled:
-        return Location(str(BUNDLED / name))
-    if not Path(name).is_dir() and name.count("/") != 1:
-        raise LoadError(
-            f"{name!r} is no bundled model ({', '.join(bundled)}), no existing folder, and no Hub repository "
-            "(owner/name)"
-        )
-    return _origin(name, revision, access, "config.json")
-
-
-def _origin(source: Any, revision: str | None, access: _Access, marker: str) -> Origin:
-    """What `source` stands for; a Hub repository at the commit that its file `marker` comes from now."""
-    if not isinstance(source, str | os.PathLike):
-        return source
-    text = os.fspath(source)
-    if Path(text).is_dir():
-        return Location(str(Path(text).resolve()))
-    location = Location(
-        text,
-        revision,
-        token=access.token,
-        cache_dir=None if access.cache_dir is None else os.fspath(access.cache_dir),
-        local_files_only=access.local_files_only,
-    )
-    return location.pinned(marker)
-
-
-def _recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> BackboneConfig:
-    """`backbone` with the place that `origin` is, pinned to its commit."""
-    if not isinstance(origin, Location):
-        return dataclasses.replace(backbone, source=type(origin).__name__, revision=None)
-    return dataclasses.replace(backbone, source=origin.source, revision=origin.commit(marker))
-
-
-def _default_config(networks: _Networks, settings: dict[str, Any]) -> Config:
-    """The paper's configuration for these backbones, with the caller's settings on top."""
-    unet, vision = networks.unet, networks.vision
-    known = [field.name for field in dataclasses.fields(Config) if field.name not in ("diffusion", "semantic")]
-    sees = [f"{name}_{key}" for name in ("diffusion", "semantic") for key in ("image_size", "mean", "std")]
-    for key in settings:
-        if key not in known + sees:
-            raise unknown_key(key, known + sees)
-
-    given = {"semantic_mean", "semantic_std"} <= settings.keys()
-    published = None if given else semantic_backbone.published_normalisation(networks.origins["semantic"])
-    if published is None and not given:
-        raise ConfigError(
-            "semantic_mean",
-            "is not known: the semantic backbone comes without a preprocessor_config.json",
-            legal="three numbers, passed as semantic_mean= and semantic_std=",
-        )
-    native = getattr(vision.config, "image_size", None)
-    if native is None and "semantic_image_size" not in settings:
-        raise ConfigError(
-            "semantic_image_size",
-            "is not known: the semantic backbone does not say what it was trained on",
-            legal=f"a multiple of the patch size {vision.config.patch_size}",
-        )
-    scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
-    half = (0.5, 0.5, 0.5)
-    diffusion = BackboneConfig("", None, unet.config.sample_size * scale, half, half)
-    # What is not known was given, and is put in and checked with the other settings below.
-    semantic = BackboneConfig("", None, native or vision.config.patch_size, *(published or (half, half)))
-    width = settings.get("aggregator_width", Config.aggregator_width)
-    groups = unet.config.norm_num_groups
-    base = Config(
-        diffusion=_recorded(diffusion, networks.origins["diffusion"], MARKERS["diffusion"]),
-        semantic=_recorded(semantic, networks.origins["semantic"], MARKERS["semantic"]),
-    ).to_dict()
-    if isinstance(width, int) and width // 4 % groups:
-        groups = 4
-    base["aggregator_groups"] = groups
-    for key in sees:
-        if key in settings:
-            name, _, inner = key.partition("_")
-            base[name][inner] = settings[key]
-    return Config.from_dict(base | {key: settings[key] for key in settings if key in known})
-
-
-def _resolve_device(device: str | torch.device) -> torch.device:
-    if device != "auto":
-        try:
-            return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ConfigError(
-                "device", f"{str(device)!r} cannot be used here ({reason})", legal="auto, cpu, cuda, cuda:1, mps"
-            ) from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        if device.type == "cuda":
-            return torch.float16
-        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
-    resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
-        raise ConfigError("dtype", f"is {dtype!r}", legal=", ".join(["auto", *DTYPES]))
-    if resolved is torch.float16 and device.type == "cpu":
-        warnings.warn("float16 on a CPU is many times slower than float32; use dtype='auto'", UserWarning, stacklevel=4)
-    return resolved
-
-
-def _cpu_has_bfloat16() -> bool:
-    """AMX or AVX512-BF16, in whose absence bfloat16 is emulated and slow."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def _length(images: Any) -> int | None:

@@ -1,0 +1,165 @@
+"""From what a user names to loaded networks, and to the configuration that describes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from .backbones import diffusion as diffusion_backbone
+from .backbones import semantic as semantic_backbone
+from .config import BackboneConfig, Config, unknown_key
+from .errors import ConfigError, LoadError
+from .hub import Location
+
+BUNDLED = Path(__file__).parent / "bundled"
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+MARKERS = {"diffusion": "unet/config.json", "semantic": "config.json"}  # the file that tells a backbone's commit
+INSIDE = "./"  # prefix of a backbone's source: a folder inside the checkpoint
+Origin = Location | Any  # where a backbone came from: a location, or the loaded module that the caller passed
+PathLike = str | os.PathLike[str]
+
+
+class Access(NamedTuple):
+    """How the Hub is reached."""
+
+    token: str | bool | None
+    cache_dir: PathLike | None
+    local_files_only: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The loaded parts of both backbones, and where they came from."""
+
+    vae: Any
+    unet: Any
+    scheduler: Any
+    vision: Any
+    origins: dict[str, Origin]
+    variant: str | None
+
+    @classmethod
+    def load(cls, origins: dict[str, Origin], dtype: torch.dtype, variant: str | None) -> Self:
+        vae, unet, scheduler = diffusion_backbone.load(origins["diffusion"], dtype, variant)
+        vision = semantic_backbone.load(origins["semantic"], dtype)
+        return cls(vae, unet, scheduler, vision, origins, variant)
+
+
+def find_checkpoint(source: PathLike, revision: str | None, access: Access) -> Location:
+    """A bundled name, else an existing folder, else a Hub repository."""
+    name = os.fspath(source)
+    bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
+    if name in bundled:
+        return Location(str(BUNDLED / name))
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise LoadError(
+            f"{name!r} is no bundled model ({', '.join(bundled)}), no existing folder, and no Hub repository "
+            "(owner/name)"
+        )
+    return find_origin(name, revision, access, "config.json")
+
+
+def find_origin(source: Any, revision: str | None, access: Access, marker: str) -> Origin:
+    """What `source` stands for; a Hub repository at the commit that its file `marker` comes from now."""
+    if not isinstance(source, str | os.PathLike):
+        return source
+    text = os.fspath(source)
+    if Path(text).is_dir():
+        return Location(str(Path(text).resolve()))
+    location = Location(
+        text,
+        revision,
+        token=access.token,
+        cache_dir=None if access.cache_dir is None else os.fspath(access.cache_dir),
+        local_files_only=access.local_files_only,
+    )
+    return location.pinned(marker)
+
+
+def recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> BackboneConfig:
+    """`backbone` with the place that `origin` is, pinned to its commit."""
+    if not isinstance(origin, Location):
+        return dataclasses.replace(backbone, source=type(origin).__name__, revision=None)
+    return dataclasses.replace(backbone, source=origin.source, revision=origin.commit(marker))
+
+
+def default_config(networks: Networks, settings: dict[str, Any]) -> Config:
+    """The paper's configuration for these backbones, with the caller's settings on top."""
+    unet, vision = networks.unet, networks.vision
+    known = [field.name for field in dataclasses.fields(Config) if field.name not in ("diffusion", "semantic")]
+    sees = [f"{name}_{key}" for name in ("diffusion", "semantic") for key in ("image_size", "mean", "std")]
+    for key in settings:
+        if key not in known + sees:
+            raise unknown_key(key, known + sees)
+
+    given = {"semantic_mean", "semantic_std"} <= settings.keys()
+    published = None if given else semantic_backbone.published_normalisation(networks.origins["semantic"])
+    if published is None and not given:
+        raise ConfigError(
+            "semantic_mean",
+            "is not known: the semantic backbone comes without a preprocessor_config.json",
+            legal="three numbers, passed as semantic_mean= and semantic_std=",
+        )
+    native = getattr(vision.config, "image_size", None)
+    if native is None and "semantic_image_size" not in settings:
+        raise ConfigError(
+            "semantic_image_size",
+            "is not known: the semantic backbone does not say what it was trained on",
+            legal=f"a multiple of the patch size {vision.config.patch_size}",
+        )
+    scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
+    half = (0.5, 0.5, 0.5)
+    diffusion = BackboneConfig("", None, unet.config.sample_size * scale, half, half)
+    # What is not known was given, and is put in and checked with the other settings below.
+    semantic = BackboneConfig("", None, native or vision.config.patch_size, *(published or (half, half)))
+    width = settings.get("aggregator_width", Config.aggregator_width)
+    groups = unet.config.norm_num_groups
+    base = Config(
+        diffusion=recorded(diffusion, networks.origins["diffusion"], MARKERS["diffusion"]),
+        semantic=recorded(semantic, networks.origins["semantic"], MARKERS["semantic"]),
+    ).to_dict()
+    if isinstance(width, int) and width // 4 % groups:
+        groups = 4
+    base["aggregator_groups"] = groups
+    for key in sees:
+        if key in settings:
+            name, _, inner = key.partition("_")
+            base[name][inner] = settings[key]
+    return Config.from_dict(base | {key: settings[key] for key in settings if key in known})
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    if device != "auto":
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(
+                "device", f"{str(device)!r} cannot be used here ({reason})", legal="auto, cpu, cuda, cuda:1, mps"
+            ) from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+    resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if resolved not in DTYPES.values():
+        raise ConfigError("dtype", f"is {dtype!r}", legal=", ".join(["auto", *DTYPES]))
+    if resolved is torch.float16 and device.type == "cpu":
+        warnings.warn("float16 on a CPU is many times slower than float32; use dtype='auto'", UserWarning, stacklevel=4)
+    return resolved
+
+
+def _cpu_has_bfloat16() -> bool:
+    """AMX or AVX512-BF16, in whose absence bfloat16 is emulated and slow."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
