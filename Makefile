@@ -7,7 +7,7 @@ RUN := $(VENV)/bin
 .PHONY: encode test docs clean
 
 encode: $(VENV)/.installed
-	$(RUN)/sketchfusion encode examples/images/sketch.png examples/images/photo.jpg --out features.safetensors
+	$(RUN)/sketchfusion encode examples/images/cat.svg examples/images/cat.jpg --out features.safetensors
 
 test: $(VENV)/.tested
 	$(RUN)/ruff check .

@@ -19,40 +19,51 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="sketchfusion",
     help="Universal features for sketches and photos.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Model = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hub repository.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16.")]
+Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16, float64.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2, never a traceback."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except SketchFusionError as error:
         complain(error)
-        raise SystemExit(2) from None
+        code = 2
+    except typer.Abort:  # Ctrl-C
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for a command line it cannot read
+            raise
+        complain(f"{error.format_message()} See sketchfusion --help.")
+        code = 2
+    raise SystemExit(code)
 
 
-def complain(error: SketchFusionError) -> None:
-    print("sketchfusion:", " ".join(str(error).split()), file=sys.stderr)
+def complain(problem: SketchFusionError | str) -> None:
+    print("sketchfusion:", " ".join(str(problem).split()), file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         print(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
 def encode(
-    images: Annotated[list[str], typer.Argument(help="Image files, SVG drawings or URLs.", metavar="IMAGE…")],
+    images: Annotated[list[str], typer.Argument(help="Image files, SVG drawings or URLs.", metavar="IMAGE")],
     out: Annotated[Path | None, typer.Option(help="Write the features to this safetensors file.")] = None,
     model: Model = "mini",
     as_json: Json = False,
@@ -78,25 +89,27 @@ def encode(
 
     extractor = SketchFusion.from_pretrained(model, device=device, dtype=dtype)
     read: list[str] = []
-    features = extractor.encode(
-        readable(images, read),
-        batch_size=batch_size,
-        dense=dense,
-        normalize=normalize,
-        ensemble=ensemble,
-        size=size,
-    )
-    if out is not None and read:
-        features.save(out, paths=read)
-    rows = [
-        {
-            "path": path,
-            "pooled": list(one.pooled.shape),
-            "dense": None if one.dense is None else list(one.dense.shape),
-            "norm": float(one.pooled.norm()),
-        }
-        for path, one in zip(read, features, strict=True)
-    ]
+    rows: list[dict[str, Any]] = []
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "dense": dense,
+        "normalize": normalize,
+        "ensemble": ensemble,
+        "size": size,
+    }
+    kept = None if out is None else extractor.encode(readable(images, read), **options)  # a file needs all at once
+    for features in extractor.stream(readable(images, read), **options) if kept is None else [kept]:
+        rows += [
+            {
+                "path": path,
+                "pooled": list(one.pooled.shape),
+                "dense": None if one.dense is None else list(one.dense.shape),
+                "norm": float(one.pooled.norm()),
+            }
+            for path, one in zip(read[len(rows) :], features, strict=False)
+        ]
+    if kept is not None and out is not None and read:
+        kept.save(out, paths=read)
     if as_json:
         print(json.dumps(rows, indent=2))
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import numbers
 import os
 import types
 import typing
@@ -62,7 +64,7 @@ class Config:
             raise ConfigError("format_version", f"is {self.format_version}", legal=str(FORMAT_VERSION))
         for name in ("diffusion", "semantic"):
             backbone: BackboneConfig = getattr(self, name)
-            if min(backbone.std) <= 0:
+            if not all(0 < value < math.inf for value in backbone.std):
                 raise ConfigError(f"{name}.std", f"is {list(backbone.std)}", legal="three numbers above 0")
             if backbone.image_size < 8 or (name == "diffusion" and backbone.image_size % 8):
                 legal = "a positive multiple of 8" if name == "diffusion" else "8 or more"
@@ -76,6 +78,8 @@ class Config:
             if getattr(self, key) < low:
                 raise ConfigError(key, f"is {getattr(self, key)}", legal=f"an integer from {low} up")
         check_ensemble(self.ensemble)
+        if self.noise_seed >= 2**63:
+            raise ConfigError("noise_seed", f"is {self.noise_seed}", legal="an integer from 0 to 2**63 - 1")
         for key in ("sites", "taps"):
             names = getattr(self, key)
             if len(set(names)) != len(names):
@@ -105,11 +109,13 @@ class Config:
         """Read a `config.json`.
 
         Raises:
-            LoadError: the file is not JSON.
+            LoadError: the file is missing or not JSON.
             ConfigError: see `from_dict`.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise LoadError(f"{path} cannot be read: {error.strerror}") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise LoadError(f"{path} is not JSON: {error}") from error
         return cls.from_dict(values)
@@ -128,7 +134,7 @@ class Config:
 
 def check_ensemble(ensemble: int) -> None:
     """Raise a ConfigError unless `ensemble` is 1 or a positive even number (antithetic pairs ±n)."""
-    if isinstance(ensemble, bool) or not isinstance(ensemble, int) or ensemble < 1:
+    if isinstance(ensemble, bool) or not isinstance(ensemble, numbers.Integral) or ensemble < 1:
         raise ConfigError("ensemble", f"is {ensemble!r}", legal="1 or an even number")
     if ensemble > 1 and ensemble % 2:
         raise ConfigError("ensemble", f"is {ensemble}; members come in pairs ±n", legal="1 or an even number")

@@ -190,11 +190,13 @@ class Features:
             tensors[f"geometry.{name}"] = torch.as_tensor(field).clone()  # safetensors refuses shared memory
         metadata = {"format": FORMAT} | ({} if paths is None else {"paths": json.dumps(paths)})
         path = Path(path)
+        if not path.name:
+            raise SketchFusionError(f"{str(path)!r} is no file to write to")
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, unfinished, metadata)
             os.replace(unfinished, path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: a null byte in the path
             raise SketchFusionError(f"{path}: the features cannot be written: {error}") from None
         finally:
             unfinished.unlink(missing_ok=True)

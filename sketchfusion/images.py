@@ -8,6 +8,7 @@ array in 0..255 or in [0, 1] and its tensor all give the same pixels. Float imag
 from __future__ import annotations
 
 import io
+import numbers
 import os
 import queue
 import re
@@ -21,7 +22,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import ConfigError, ImageError
-from .strokes import Strokes
+from .strokes import Strokes, open_regular
 
 ImageInput = str | os.PathLike | Image.Image | np.ndarray | Tensor | Strokes
 
@@ -130,9 +131,9 @@ class Preprocess:
     """
 
     def __init__(self, size: int):
-        if not isinstance(size, int) or isinstance(size, bool) or size <= 0 or size % 8:
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool) or size <= 0 or size % 8:
             raise ConfigError("size", f"{size!r} cannot be the side of a canvas", legal="a positive multiple of 8")
-        self.size = size
+        self.size: int = int(size)
 
     def __call__(self, image: ImageInput) -> tuple[Tensor, Geometry]:
         opened = open_image(image)
@@ -241,12 +242,8 @@ def _from_path(path: str) -> Image.Image | Strokes:
         )
     if kind == ".svg":
         return Strokes.from_svg(Path(path))
-    try:
-        with open(path, "rb") as file:
-            return _decoded(file, path)
-    except (OSError, ValueError) as error:  # from open itself; ValueError: a null byte in the path
-        problem = getattr(error, "strerror", None) or error
-        raise ImageError(f"cannot be read: {problem}", source=path) from None
+    with open_regular(path) as file:
+        return _decoded(file, path)
 
 
 def _from_url(url: str) -> Image.Image | Strokes:
@@ -336,7 +333,7 @@ def _fetched(url: str) -> bytes:
 # Pixels
 
 
-def _decoded(file: io.BufferedReader | io.BytesIO, source: str) -> Image.Image:
+def _decoded(file: BinaryIO, source: str) -> Image.Image:
     with _decoding(source):
         opened = Image.open(file)
         if opened.format == "EPS":  # Pillow would run Ghostscript on it

@@ -52,11 +52,15 @@ class Networks:
 
 def find_checkpoint(source: PathLike, revision: str | None, access: Access) -> Location:
     """A bundled name, else an existing folder, else a Hub repository."""
+    if not isinstance(source, str | os.PathLike):
+        raise LoadError(f"a checkpoint is a bundled name, a folder or a Hub repository, not {type(source).__name__}")
     name = os.fspath(source)
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
+    if revision is not None and (name in bundled or Path(name).is_dir()):
+        raise LoadError(f"revision={revision!r} is for Hub repositories, and {name!r} is on this disk")
     if name in bundled:
         return Location(str(BUNDLED / name))
-    if not Path(name).is_dir() and name.count("/") != 1:
+    if not name or (not Path(name).is_dir() and name.count("/") != 1):
         raise LoadError(
             f"{name!r} is no bundled model ({', '.join(bundled)}), no existing folder, and no Hub repository "
             "(owner/name)"
@@ -156,7 +160,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if resolved not in DTYPES.values():
         raise ConfigError("dtype", f"is {dtype!r}", legal=", ".join(["auto", *DTYPES]))
     if resolved is torch.float16 and device.type == "cpu":
-        warnings.warn("float16 on a CPU is many times slower than float32; use dtype='auto'", UserWarning, stacklevel=4)
+        warnings.warn("float16 on a CPU is many times slower than float32; use dtype='auto'", UserWarning, stacklevel=3)
     return resolved
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
 import os
 import tempfile
 import warnings
@@ -45,6 +46,7 @@ from .loading import (
 )
 
 WEIGHTS = "model.safetensors"
+REPLACEABLE = ("task", "training_data", "metrics", "license", "ensemble")  # of a built model's configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,6 @@ class SketchFusion(nn.Module):
     in the compute dtype; the adapters and the aggregator are trainable and stay in float32.
 
     Attributes:
-        config: the configuration, one object that describes the model completely.
         diffusion: VAE encoder and UNet, frozen.
         semantic: vision transformer, frozen.
         adapters: what is injected, trainable.
@@ -76,7 +77,7 @@ class SketchFusion(nn.Module):
     def __init__(self, config: Config, diffusion: DiffusionBackbone, semantic: SemanticBackbone):
         super().__init__()
         widths = block_widths(diffusion.unet)
-        self.config, self.diffusion, self.semantic = config, diffusion, semantic
+        self._config, self.diffusion, self.semantic = config, diffusion, semantic
         self.adapters = Adapters(semantic.width, {site: widths[site] for site in config.sites})
         self.aggregator = Aggregator(
             {tap: widths[tap] for tap in config.taps},
@@ -90,6 +91,19 @@ class SketchFusion(nn.Module):
         self._variant: str | None = None
         self._warned_untrained = False
         self.eval()
+
+    @property
+    def config(self) -> Config:
+        """The configuration. What it says about training can be replaced; the rest is built into the model."""
+        return self._config
+
+    @config.setter
+    def config(self, config: Config) -> None:
+        for field in dataclasses.fields(Config):
+            changed = getattr(config, field.name) != getattr(self._config, field.name)
+            if changed and field.name not in REPLACEABLE:
+                raise ConfigError(field.name, "is built into the model", legal=f"to replace: {', '.join(REPLACEABLE)}")
+        self._config = config
 
     # ---- loading
 
@@ -293,10 +307,12 @@ class SketchFusion(nn.Module):
         Raises:
             ImageError: an image is missing, broken or of a wrong form; `index` says which of a list.
             ConfigError: an argument is unknown or illegal.
-            SketchFusionError: out of memory for a single image, or the features overflowed the compute dtype.
+            SketchFusionError: out of memory on the GPU for a single image, or the features overflowed the compute
+                dtype.
         """
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
+        self._warn_if_untrained()
         batches = self._stream(stream, options, 1 if single else _length(images), progress, single)
         if single:
             (batch,) = batches
@@ -325,6 +341,7 @@ class SketchFusion(nn.Module):
         """
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
+        self._warn_if_untrained()
         batches = self._stream(stream, options, 1 if single else _length(images), progress, single=False)
         return (features.numpy() for features in batches) if to == "numpy" else batches
 
@@ -343,7 +360,7 @@ class SketchFusion(nn.Module):
             raise unknown_key(name, ENCODE_KEYWORDS)
         if batch_size is None:
             batch_size = 32 if self.device.type == "cuda" else 8
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool) or batch_size < 1:
             raise ConfigError("batch_size", f"is {batch_size!r}", legal="an integer from 1 up")
         if not (pooled or dense):
             raise ConfigError("pooled", "and dense are both False", legal="at least one of them True")
@@ -352,7 +369,7 @@ class SketchFusion(nn.Module):
         members = self.config.ensemble if ensemble is None else ensemble
         check_ensemble(members)
         preprocess = self.preprocess if size is None else Preprocess(size)
-        return _Options(batch_size, pooled, dense, normalize, members, preprocess)
+        return _Options(int(batch_size), pooled, dense, normalize, members, preprocess)
 
     def _stream(
         self,
@@ -363,7 +380,6 @@ class SketchFusion(nn.Module):
         single: bool,
     ) -> Iterator[Features]:
         """Features batch by batch: in host memory, or on the device for a single image."""
-        self._warn_if_untrained()
         limit = options.batch_size
         pending: list[tuple[Tensor, Geometry]] = []
 
@@ -371,19 +387,21 @@ class SketchFusion(nn.Module):
             nonlocal limit
             while pending:
                 try:
-                    features = self._extract(pending[:limit], options)
+                    features: Features | None = self._extract(pending[:limit], options, single)
                 except torch.OutOfMemoryError as error:
                     if limit == 1:
                         raise SketchFusionError(
                             f"out of memory on {self.device} for one image of {pending[0][0].shape[-1]} px: "
                             "use a smaller size=, another dtype, or device='cpu'"
                         ) from error
+                    features = None
+                if features is None:  # outside of the except block, whose traceback holds the failed batch
                     limit = (min(limit, len(pending)) + 1) // 2
                     torch.cuda.empty_cache()
                     continue
                 del pending[:limit]
                 bar.update(len(features))
-                yield features if single else features.to("cpu")
+                yield features
 
         # By default only where somebody looks (tqdm's None), and only if it takes a while.
         disable, delay = (None, 2) if progress is None else (not progress, 0)
@@ -399,8 +417,9 @@ class SketchFusion(nn.Module):
                     yield from flush()
             yield from flush()
 
+    @torch.inference_mode(False)  # a caller's inference mode would make tensors that nothing can be trained on
     @torch.no_grad()
-    def _extract(self, items: list[tuple[Tensor, Geometry]], options: _Options) -> Features:
+    def _extract(self, items: list[tuple[Tensor, Geometry]], options: _Options, single: bool) -> Features:
         pixels = torch.stack([pixels for pixels, _ in items])
         features = self(pixels, collate([geometry for _, geometry in items]), ensemble=options.ensemble)
         pooled = features.pooled if options.pooled else None
@@ -412,8 +431,10 @@ class SketchFusion(nn.Module):
         if options.normalize:
             pooled = None if pooled is None else F.normalize(pooled, dim=1)
             dense = None if dense is None else F.normalize(dense, dim=1)
-        return Features(pooled=pooled, dense=dense, geometry=features.geometry)
+        extracted = Features(pooled=pooled, dense=dense, geometry=features.geometry)
+        return extracted if single else extracted.to("cpu")
 
+    @torch.inference_mode(False)
     def _gather(self, batches: Iterator[Features], options: _Options) -> Features:
         """One Features of all batches. Each batch is released as it is copied, so the peak is the result's size."""
         parts = list(batches)
@@ -448,7 +469,7 @@ class SketchFusion(nn.Module):
             warnings.warn(
                 f"UNTRAINED {' and '.join(parts)}: these features mean little before training",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     # ---- the differentiable forward
@@ -494,13 +515,21 @@ class SketchFusion(nn.Module):
         """
         members = self.config.ensemble if ensemble is None else ensemble
         check_ensemble(members)
+        count = getattr(getattr(geometry, "width", None), "shape", None)
+        if count != (len(latents),):
+            raise ConfigError(
+                "geometry",
+                f"is not that of {len(latents)} images",
+                legal="the geometries that came with the pixels, collated to (N,) tensors as a DataLoader does",
+            )
         hooks = self.adapters(tokens)
         maps: dict[str, Tensor] = {}
         for member in range(members):
             noised = self.diffusion.add_noise(latents, member)
             tapped = self.diffusion(noised, hooks, inject_skips=self.config.inject_skips)
-            maps = {tap: maps.get(tap, 0) + tapped[tap] / members for tap in tapped}
-        dense = self.aggregator(maps)
+            # Summed in float32: thirty-two terms would cost half precision a digit.
+            maps = {tap: maps.get(tap, 0) + tapped[tap].float() / members for tap in tapped}
+        dense = self.aggregator({tap: total.to(latents.dtype) for tap, total in maps.items()})
         pooled = max_pool(dense, geometry.mask(self.config.aggregator_grid).to(dense.device))
         return Features(pooled=pooled.float(), dense=dense.float(), geometry=geometry)
 
@@ -534,6 +563,9 @@ class SketchFusion(nn.Module):
             include_backbones: copy the complete backbones into it, in diffusers' and transformers' layouts. A
                 backbone that has no address of its own (loaded from inside a checkpoint, or passed as a module) is
                 always included.
+
+        Raises:
+            SketchFusionError: the folder cannot be written to.
         """
         homeless = [name for name in self._origins if include_backbones or not self._has_address(name)]
         self._save(Path(directory), include=homeless)
@@ -585,6 +617,15 @@ class SketchFusion(nn.Module):
         weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in state.items()}
         if directory.is_file():
             raise LoadError(f"{directory} is a file, and a checkpoint is a folder")
+        try:
+            self._write(directory, include, config, weights, name)
+        except OSError as error:
+            raise SketchFusionError(f"{directory} cannot be written: {error.strerror or error}") from error
+
+    def _write(
+        self, directory: Path, include: list[str], config: Config, weights: dict[str, Tensor], name: str | None
+    ) -> None:
+        """Everything beside the folder's old files first, then each in its place."""
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
             staged = Path(folder)

@@ -7,9 +7,12 @@ import json
 import math
 import os
 import re
+import stat
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 from xml.parsers import expat
 
 import numpy as np
@@ -20,6 +23,8 @@ from .errors import ImageError
 PEN = 1 / 96  # default pen width as a part of the longer side; Sketchy's sketches are drawn at about 1/100
 MARGIN = 1 / 24  # paper left around a drawing that does not say how large its paper is, likewise
 SMALL = 64  # frames smaller than this are enlarged where rounding up to whole units would distort them
+MOST_POINTS = 1_000_000  # of a drawing; a person's has some hundreds
+MOST_INK = 2e9  # pixels that the pieces of a drawing may be measured against: some ten seconds
 LARGEST = 1e9  # no coordinate of a drawing is larger than this
 
 
@@ -122,14 +127,11 @@ class Strokes:
             return _from_svg(svg, "SVG text")
         if isinstance(svg, str) and svg.lstrip("\ufeff \t\r\n").startswith("<"):
             return _from_svg(svg.lstrip("\ufeff \t\r\n"), "SVG text")
+        if not isinstance(svg, str | os.PathLike):
+            raise _refused(f"an SVG is a path, text or bytes, not {type(svg).__name__}", "SVG")
         path = os.fsdecode(svg)
-        try:
-            with open(path, "rb") as file:
-                data = file.read()
-        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-            problem = getattr(error, "strerror", None) or error
-            raise ImageError(f"cannot be read: {problem}", source=path) from None
-        return _from_svg(data, path)
+        with open_regular(path) as file:
+            return _from_svg(file.read(), path)
 
     def render(self, width: int, height: int) -> Image.Image:
         """The drawing as a grey image (mode "L") of `width` x `height` pixels, which the frame fills.
@@ -145,9 +147,25 @@ class Strokes:
         ink = np.zeros((height, width), dtype=np.float32)
         length = max(8.0, pen)
         batch = max(1, int(2**20 / (length + 2 * reach + 2) ** 2))  # pixels computed together: some megabytes
-        for pieces in _pieces(_clipped(segments, width, height, reach), length, batch):
+        seen = _clipped(segments, width, height, reach)
+        if (len(seen) + np.hypot(*(seen[:, 1] - seen[:, 0]).T).sum() / length) * (length + 2 * reach) ** 2 > MOST_INK:
+            raise _refused("too many lines with too thick a pen to draw")
+        for pieces in _pieces(seen, length, batch):
             _draw(ink, pieces, reach)
         return Image.fromarray(np.rint(255 * (1 - ink)).astype(np.uint8))
+
+
+@contextmanager
+def open_regular(path: str) -> Iterator[BinaryIO]:
+    """A file to read from; an ImageError where it cannot be, or where reading it could block (pipes, devices)."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ImageError("a directory, not a file" if os.path.isdir(path) else "not a regular file", source=path)
+        with open(path, "rb") as file:
+            yield file
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        problem = getattr(error, "strerror", None) or error
+        raise ImageError(f"cannot be read: {problem}", source=path) from None
 
 
 def _refused(problem: str, source: str = "Strokes") -> ImageError:
@@ -312,7 +330,7 @@ def _from_svg(data: str | bytes, source: str) -> Strokes:
             return _read_svg(data, source)
     except ImageError as error:
         raise ImageError(error.problem, source=source) from None
-    except ArithmeticError:
+    except (ArithmeticError, ValueError):
         raise ImageError("its numbers are too large or too small to be drawn", source=source) from None
 
 
@@ -395,7 +413,8 @@ def _float(text: str) -> float:
 
 def _viewport(root: ElementTree.Element) -> tuple[np.ndarray, tuple[float, float] | None]:
     """The (3, 3) matrix from the document's coordinates to the frame's; the frame, None if not declared."""
-    width, height = _length(root.get("width")), _length(root.get("height"))
+    sides = (_length(root.get("width")), _length(root.get("height")))
+    width, height = (side if side and side > 0 else None for side in sides)
     box = [float(number) for number in _NUMBER.findall(root.get("viewBox", ""))]
     if len(box) != 4 or box[2] <= 0 or box[3] <= 0:
         return np.eye(3), (width, height) if width and height else None
@@ -629,8 +648,12 @@ def _arc(start: complex, end: complex, radii: complex, tilt: float, large: bool,
 def _flattened(chain: np.ndarray, tolerance: float) -> np.ndarray:
     """(3 k + 1, 2) cubic curves -> (P, 2) points of a polyline nowhere further off than the tolerance."""
     curves = np.stack([chain[:-1:3], chain[1::3], chain[2::3], chain[3::3]], axis=1)  # (k, 4, 2)
+    if len(curves) > MOST_POINTS:
+        raise _refused(f"more than {MOST_POINTS:,} curves")
     bend = np.abs(np.diff(curves, n=2, axis=1)).sum(2).max(1)  # bounds the second derivative
     counts = np.ceil(np.sqrt(0.75 * bend / tolerance)).clip(1, 1024).astype(int)
+    if counts.sum() > MOST_POINTS:
+        raise _refused(f"more than {MOST_POINTS:,} points")
     owner = np.repeat(np.arange(len(curves)), counts)
     position = np.arange(1, len(owner) + 1) - np.repeat(counts.cumsum() - counts, counts)
     t = (position / counts[owner])[:, None]

@@ -1,6 +1,7 @@
 """The command line as a user meets it: its output and its exit code, once in a process of its own."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -105,9 +106,19 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run: Run, arguments: list[s
     assert named in done.stderr
 
 
-def test_usage_errors_exit_with_2(run: Run) -> None:
-    assert run("encode").returncode == 2
-    assert run("paint").returncode == 2
+@pytest.mark.parametrize("arguments", [["encode"], ["paint"], ["encode", "cat.jpg", "--size", "large"], ["info", "-x"]])
+def test_usage_errors_are_one_line_and_exit_code_2(run: Run, arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "--help" in done.stderr
+
+
+def test_the_readmes_command_encodes_images_that_are_there() -> None:
+    makefile = (IMAGES.parents[1] / "Makefile").read_text()
+    named = re.findall(r"examples/images/\S+", makefile)
+    assert len(named) == 2
+    assert all((IMAGES.parents[1] / name).is_file() for name in named)
 
 
 def test_info(run: Run) -> None:

@@ -431,7 +431,7 @@ def test_objects_that_are_no_images(thing: Any) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(str(tmp_path / "none.png"), "No such file").source == str(tmp_path / "none.png")
-    refused(tmp_path, "Is a directory")
+    refused(tmp_path, "a directory")
     refused("a\0b.png", "null")
     refused("x" * 5000, "too long")
     refused("~/cat.png", "No such file")
@@ -451,8 +451,9 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", forbid)
-    refused("secret.png", "Permission denied")
-    refused("secret.svg", "Permission denied")
+    for name in ("secret.png", "secret.svg"):
+        (tmp_path / name).touch()
+        refused(tmp_path / name, "Permission denied")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])

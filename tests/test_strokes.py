@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from sketchfusion.errors import ImageError
+from sketchfusion.images import open_image
 from sketchfusion.strokes import Strokes
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -484,7 +486,8 @@ BILLION_LAUGHS = '<!DOCTYPE svg [<!ENTITY a "ha">{}]><svg>&z;</svg>'.format(
         ("<svg/>", "nothing in it"),
         (BILLION_LAUGHS, "entity"),
         ("<!DOCTYPE svg [<!ENTITY x SYSTEM 'file:///etc/hostname'>]><svg>&x;</svg>", "entity"),
-        ("<svg width='-5' height='9'><path d='M1 1h5'/></svg>", "width"),
+        ("<svg viewBox='0 0 9 9'><path d='M0 0" + "c1e8 0 0 1e8 9 9" * 2000 + "'/></svg>", "points"),
+        ("<svg viewBox='0 0 9 9'><path d='M0 0" + "h1" * 1_000_001 + "'/></svg>", "curves"),
         ("<svg width='1e999' height='9'><path d='M1 1h5'/></svg>", "width|finite"),
         ("<svg viewBox='0 0 1e999 9'><path d='M1 1h5'/></svg>", "width|finite"),
         ("<svg><g transform='turn(3)'><path d='M1 1h5'/></g></svg>", "malformed transform"),
@@ -515,3 +518,23 @@ def test_files(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=message) as caught:
             Strokes.from_svg(name)
         assert caught.value.source == str(name)
+
+
+@pytest.mark.parametrize("frame", ["width='-5' height='9'", "width='-5' height='-9' viewBox='0 0 9 9'"])
+def test_a_negative_frame_counts_as_none(frame: str) -> None:
+    strokes = Strokes.from_svg(f"<svg {frame}><path d='M1 1c2 0 2 2 5 5'/></svg>")
+    assert min(strokes.size) > 0
+
+
+def test_a_drawing_that_would_take_minutes_is_refused() -> None:
+    zigzag = np.array([[0, 512 * (i % 2)] for i in range(5000)], dtype=float)
+    with pytest.raises(ImageError, match="too thick a pen"):
+        Strokes((zigzag,), 512, 512, line_width=200).render(512, 512)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["pipe.svg", "pipe.png"])
+def test_a_pipe_is_refused_and_never_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ImageError, match="not a regular file"):
+        open_image(tmp_path / name)

@@ -38,9 +38,7 @@ def build(unet: dict[str, Any], clip: dict[str, Any], **settings: Any) -> Sketch
         prompt = torch.empty(77, unet["cross_attention_dim"])
     scheduler = PNDMScheduler(**published.SD_SCHEDULER)
     pipeline = SimpleNamespace(vae=vae, unet=diffuser, scheduler=scheduler)
-    return SketchFusion.from_backbones(
-        pipeline, vision, null_prompt=prompt, device="meta", dtype="float32", **settings
-    )
+    return SketchFusion.from_backbones(pipeline, vision, null_prompt=prompt, device="meta", dtype="float32", **settings)
 
 
 @pytest.mark.parametrize("clip", CLIPS)

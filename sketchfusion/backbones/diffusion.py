@@ -62,6 +62,8 @@ class DiffusionBackbone(nn.Module):
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
     ):
         super().__init__()
+        if null_prompt.ndim != 2:
+            raise LoadError(f"the null prompt has shape {tuple(null_prompt.shape)}, not (L, cross_attention_dim)")
         if null_prompt.shape[-1] != unet.config.cross_attention_dim:
             raise LoadError(
                 f"the null prompt is {null_prompt.shape[-1]} wide and this UNet attends to "
