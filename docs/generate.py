@@ -1,7 +1,7 @@
 """Write docs/api.md and docs/configuration.md from the docstrings and comments of the code itself.
 
-    python docs/generate.py            writes them
-    python docs/generate.py --check    fails where they are out of date
+python docs/generate.py            writes them
+python docs/generate.py --check    fails where they are out of date
 """
 
 import dataclasses

@@ -1,0 +1,112 @@
+"""The bundled model: small enough to ship, and better than its own architecture with random weights."""
+
+import io
+import shutil
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from sketchfusion import SketchFusion
+from sketchfusion.config import Config
+from sketchfusion.loading import BUNDLED
+
+MINI = BUNDLED / "mini"
+LIMIT = 12e6  # bytes of weights
+A_CLASS = 10  # sketches and photos of each class: what the time of a test allows
+
+# Set aside in every phase of examples/train_mini.py.
+UNSEEN = (
+    "airplane", "armor", "beetle", "bread", "car_(sedan)", "church", "deer", "fan", "guitar", "hedgehog", "hourglass",
+    "lion", "owl", "pig", "rabbit", "sailboat", "shark", "spider", "swan", "tiger", "volcano",
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(not (MINI / "config.json").is_file(), reason="the bundled model is not in this tree")
+
+
+@pytest.fixture(scope="module")
+def unseen(data: Callable[[str], Path]) -> dict[str, tuple[list[Image.Image], torch.Tensor]]:
+    """The first images of each unseen class of Sketchy, photos and sketches, with the class's number."""
+    found: dict[tuple[str, str], list[Image.Image]] = defaultdict(list)
+    with tarfile.open(data("sketchy")) as tar:
+        for member in tar:
+            kind, name = Path(member.name).parts[1::2][:2] if member.isfile() else ("", "")
+            if name in UNSEEN and len(found[kind, name]) < A_CLASS:
+                blob = tar.extractfile(member)
+                assert blob is not None
+                found[kind, name].append(Image.open(io.BytesIO(blob.read())).convert("RGB"))
+    images, labels = defaultdict(list), defaultdict(list)
+    for (kind, name), members in found.items():
+        images[kind] += members
+        labels[kind] += [UNSEEN.index(name)] * len(members)
+    return {kind: (images[kind], torch.tensor(labels[kind])) for kind in images}
+
+
+@pytest.fixture
+def random_twin(tmp_path: Path) -> SketchFusion:
+    """The bundled architecture with every weight random, the adapters too."""
+    torch.manual_seed(0)
+    CLIPVisionModel(CLIPVisionConfig.from_pretrained(MINI / "semantic")).save_pretrained(tmp_path / "semantic")
+    for name, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
+        source = MINI / "diffusion" / name
+        kind.from_config(kind.load_config(source)).save_pretrained(tmp_path / "diffusion" / name)
+    shutil.copytree(MINI / "diffusion" / "scheduler", tmp_path / "diffusion" / "scheduler")
+    twin = SketchFusion.from_pretrained(
+        MINI, device="cpu", diffusion=tmp_path / "diffusion", semantic=tmp_path / "semantic"
+    )
+    for module in [*twin.adapters.modules(), *twin.aggregator.modules()]:
+        if isinstance(module, nn.Conv2d | nn.GroupNorm):
+            module.reset_parameters()
+    nn.init.zeros_(twin.aggregator.mixing_weights)
+    return twin
+
+
+def mean_average_precision(model: SketchFusion, unseen: dict[str, tuple[list[Image.Image], torch.Tensor]]) -> float:
+    """mAP@all, every sketch against every photo, by cosine of the pooled vectors."""
+    (sketches, wanted), (photos, shown) = unseen["sketch"], unseen["photo"]
+    queries, gallery = (
+        model.encode(images, dense=False, normalize=True, batch_size=16, progress=False).pooled
+        for images in (sketches, photos)
+    )
+    order = (queries @ gallery.T).argsort(dim=1, descending=True, stable=True)
+    hits = (shown[order] == wanted[:, None]).float()
+    precision = hits.cumsum(1) / torch.arange(1, len(shown) + 1)
+    return float(((precision * hits).sum(1) / hits.sum(1)).mean())
+
+
+def test_it_beats_its_random_twin_twofold_on_classes_it_has_not_seen(
+    unseen: dict[str, tuple[list[Image.Image], torch.Tensor]], random_twin: SketchFusion
+) -> None:
+    assert {kind: len(images) for kind, (images, _) in unseen.items()} == {
+        "photo": A_CLASS * len(UNSEEN),
+        "sketch": A_CLASS * len(UNSEEN),
+    }
+    trained = mean_average_precision(SketchFusion.from_pretrained("mini", device="cpu"), unseen)
+    with pytest.warns(UserWarning, match="UNTRAINED"):  # the twin
+        untrained = mean_average_precision(random_twin, unseen)
+    assert trained >= 2 * untrained, f"mAP@all {trained:.3f} against {untrained:.3f}"
+
+
+def test_its_weights_are_small_and_in_half_precision() -> None:
+    files = sorted(MINI.rglob("*.safetensors"))
+    assert len(files) == 4
+    assert sum(file.stat().st_size for file in files) < LIMIT
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_its_card_says_what_it_saw_and_under_which_terms() -> None:
+    config = Config.load(MINI / "config.json")
+    assert config.task
+    assert config.license
+    assert config.training_data
+    assert all(name in config.training_data for name in ("Sketchy", "TU-Berlin", "Quick, Draw!", "ImageNet"))
