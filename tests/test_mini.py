@@ -21,7 +21,7 @@ from sketchfusion.loading import BUNDLED
 
 MINI = BUNDLED / "mini"
 LIMIT = 12e6  # bytes of weights
-A_CLASS = 10  # sketches and photos of each class: what the time of a test allows
+A_CLASS = 25  # sketches and photos of each class: all there are
 
 # Set aside in every phase of examples/train_mini.py.
 UNSEEN = (
