@@ -8,28 +8,12 @@ same way.
 
 import argparse
 
-import torch
 from PIL import Image
 
-from sketchfusion import Features, SketchFusion
+from sketchfusion import SketchFusion
+from sketchfusion.plots import principal_colours
 
 TILE = 320  # side of a picture, pixels
-
-
-def principal_colours(features: Features, grid: int) -> torch.Tensor:
-    """The first three principal components of all cells that lie on an image, (N, g, g, 3) in [0, 1].
-
-    Each image's mean is removed first: it says sketch or photo, and would take the first component for itself.
-    """
-    cells = torch.nn.functional.normalize(features.dense, dim=1).permute(0, 2, 3, 1)
-    on_image = features.geometry.mask(grid)[..., None]
-    mean = (cells * on_image).sum((1, 2), keepdim=True) / on_image.sum((1, 2), keepdim=True)
-    cells, on_image = cells - mean, on_image[..., 0]
-    _, _, directions = torch.linalg.svd(cells[on_image], full_matrices=False)
-    projected = cells @ directions[:3].T
-    low, high = (projected[on_image].quantile(q, dim=0) for q in (0.02, 0.98))
-    colours = ((projected - low) / (high - low)).clamp(0, 1)
-    return torch.where(on_image[..., None], colours, 1.0)
 
 
 def main() -> None:
@@ -41,7 +25,7 @@ def main() -> None:
 
     model = SketchFusion.from_pretrained(arguments.model)
     features = model.encode(arguments.images, ensemble=8)
-    colours = principal_colours(features, model.config.aggregator_grid)
+    colours = principal_colours(features.dense, features.geometry.mask(model.config.aggregator_grid))
 
     sheet = Image.new("RGB", (2 * TILE * len(arguments.images), TILE), "white")
     for column, (image, colour) in enumerate(zip(arguments.images, colours, strict=True)):

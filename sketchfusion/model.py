@@ -76,21 +76,25 @@ class SketchFusion(nn.Module):
 
     def __init__(self, config: Config, diffusion: DiffusionBackbone, semantic: SemanticBackbone):
         super().__init__()
-        widths = block_widths(diffusion.unet)
         self._config, self.diffusion, self.semantic = config, diffusion, semantic
-        self.adapters = Adapters(semantic.width, {site: widths[site] for site in config.sites})
-        self.aggregator = Aggregator(
-            {tap: widths[tap] for tap in config.taps},
-            config.aggregator_width,
-            config.aggregator_grid,
-            config.aggregator_groups,
-        )
+        self.adapters, self.aggregator = self._untrained()
         self.preprocess = Preprocess(config.diffusion.image_size)
         self._null_prompt = diffusion.null_prompt  # what is saved; the backbone's is rounded to the compute dtype
         self._origins: dict[str, Origin] = {}
         self._variant: str | None = None
         self._warned_untrained = False
         self.eval()
+
+    def _untrained(self) -> tuple[Adapters, Aggregator]:
+        config, widths = self._config, block_widths(self.diffusion.unet)
+        adapters = Adapters(self.semantic.width, {site: widths[site] for site in config.sites})
+        aggregator = Aggregator(
+            {tap: widths[tap] for tap in config.taps},
+            config.aggregator_width,
+            config.aggregator_grid,
+            config.aggregator_groups,
+        )
+        return adapters, aggregator
 
     @property
     def config(self) -> Config:
@@ -537,6 +541,13 @@ class SketchFusion(nn.Module):
         """Adapters, aggregator and mixing weights: what a user's optimiser is given."""
         yield from self.adapters.parameters()
         yield from self.aggregator.parameters()
+
+    def reset(self) -> None:
+        """Back to untrained: adapters at zero, the aggregator drawn anew from torch's generator."""
+        adapters, aggregator = self._untrained()
+        self.adapters.load_state_dict(adapters.state_dict())
+        self.aggregator.load_state_dict(aggregator.state_dict())
+        self._warned_untrained = False
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the UNet's activations in the backward pass instead of keeping them."""

@@ -1,0 +1,137 @@
+"""Segmentation: a sketch says what to find, and the photo's cells that resemble it are the mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import DataSet, Record
+from ..errors import SketchFusionError
+from ..features import Features
+from ..images import Geometry
+from . import Sample
+
+THRESHOLD = 0.47  # the paper's, on the cosine
+
+# ---- loss
+
+
+class Segmentation(nn.Module):
+    """BCE between masks and the soft-thresholded cosine map of the pooled sketch against the dense photo (section 4.4).
+
+    Trains the features themselves; there is no head. A batch is photos with masks and a sketch of the class for
+    each. A sketch of another class finds nothing in a photo: without such pairs the map would be of anything salient.
+
+    Args:
+        photos: a set of photos with masks.
+        sketches: a set with sketches of the same classes.
+        pairs: photos a step.
+        softness: of the threshold: cosines this far above it count as sure to 73 %.
+        others: weight of the pairs of different classes.
+
+    Raises:
+        SketchFusionError: no class has both photos with masks and sketches.
+    """
+
+    name = "segmentation"
+
+    def __init__(
+        self, photos: DataSet, sketches: DataSet, *, pairs: int = 16, softness: float = 0.05, others: float = 0.5
+    ):
+        super().__init__()
+        self._sketches: dict[str, list[Record]] = {}
+        for sketch in sketches.sketches:
+            self._sketches.setdefault(str(sketch.label), []).append(sketch)
+        self._photos = [photo for photo in photos.photos if photo.mask and photo.label in self._sketches]
+        if not self._photos:
+            raise SketchFusionError(
+                f"no class of {photos.name} ({photos.split}) has photos with masks, and sketches in {sketches.name} "
+                f"({sketches.split}): segmentation needs both, under the same name"
+            )
+        shown = sorted({str(photo.label) for photo in self._photos})
+        self.pairs, self.softness, self.others = pairs, softness, others
+        self.records = (*self._photos, *(sketch for name in shown for sketch in self._sketches[name]))
+
+    def batch(self, generator: np.random.Generator) -> list[Record]:
+        photos = [self._photos[row] for row in generator.permutation(len(self._photos))[: self.pairs]]
+        groups = [self._sketches[str(photo.label)] for photo in photos]
+        return photos + [group[generator.integers(len(group))] for group in groups]
+
+    def loss(self, features: Features, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
+        half = len(samples) // 2
+        labels = [sample.record.label for sample in samples]
+        cells = F.normalize(features.dense[:half], dim=1)
+        queries = F.normalize(features.pooled[half:], dim=1)
+        logits = (torch.einsum("pdhw,qd->pqhw", cells, queries) - THRESHOLD) / self.softness
+        grid = cells.shape[-1]
+        truths, insides = [], []
+        for i, sample in enumerate(samples[:half]):
+            assert sample.mask is not None  # `records` has only photos with masks
+            geometry = features.geometry.image(i)
+            truths.append(on_canvas(sample.mask.float(), geometry, grid))
+            insides.append(geometry.mask(grid))
+        truth, inside = torch.stack(truths).to(logits.device), torch.stack(insides).to(logits.device)
+        same = torch.tensor([[p == q for q in labels[half:]] for p in labels[:half]], device=logits.device)
+        wanted = truth[:, None] * same[:, :, None, None]
+        costs = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        costs = (costs * inside[:, None]).sum((2, 3)) / inside.sum((1, 2))[:, None]
+        # Each photo with the sketch that was drawn for it; and with those of other classes.
+        own = costs.diagonal().mean()
+        other = costs[~same].mean() if not same.all() else costs.new_zeros(())
+        return own + self.others * other, {"mask": own.item(), "others": other.item()}
+
+
+def on_canvas(mask: Tensor, geometry: Geometry, grid: int) -> Tensor:
+    """A mask (H, W) of an image, 0 to 1 -> the share of it in each cell of the canvas's grid × grid, 0 on padding."""
+    canvas = mask.new_zeros(int(geometry.canvas), int(geometry.canvas))
+    left, top = int(geometry.left), int(geometry.top)
+    inner = (int(geometry.inner_height), int(geometry.inner_width))
+    placed = F.interpolate(mask[None, None], size=inner, mode="bilinear", antialias=True)[0, 0]
+    canvas[top : top + inner[0], left : left + inner[1]] = placed
+    return F.adaptive_avg_pool2d(canvas[None], grid)[0]
+
+
+# ---- prediction
+
+
+@torch.no_grad()
+def similarity(query: Tensor, photo: Features) -> Tensor:
+    """Cosine of a pooled sketch with every pixel of a photo.
+
+    Args:
+        query: (D,), the sketch's pooled feature.
+        photo: dense features of one image, as a tensor.
+
+    Returns:
+        (H, W) of the original image: the cells' cosines, interpolated bilinearly.
+    """
+    if photo.dense is None:
+        raise SketchFusionError("the photo's features have no dense map to search; encode with dense=True")
+    cosines = F.cosine_similarity(photo.dense.float(), query.float()[:, None, None], dim=0)
+    width, height = int(photo.geometry.width), int(photo.geometry.height)
+    rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), 2).view(-1, 2)
+    places = photo.geometry.to_canvas(pixels).view(1, height, width, 2) * 2 - 1
+    sampled = F.grid_sample(cosines[None, None], places.to(cosines.device), padding_mode="border", align_corners=False)
+    return sampled[0, 0]
+
+
+def predict(cosines: Tensor, threshold: float = THRESHOLD) -> Tensor:
+    """The mask, bool: cosines above the threshold."""
+    return cosines > threshold
+
+
+# ---- metric
+
+
+def mask_iou(predicted: Tensor, truth: Tensor) -> float:
+    """Intersection over union of two bool masks (H, W); 1 where both are empty. mIoU is its mean over images."""
+    union = (predicted | truth).sum().item()
+    return (predicted & truth).sum().item() / union if union else 1.0
+
+
+def pixel_accuracy(predicted: Tensor, truth: Tensor) -> float:
+    """pAcc: the share of pixels on which two bool masks (H, W) agree."""
+    return (predicted == truth).double().mean().item()

@@ -1,0 +1,183 @@
+"""Frozen work: the clean latents and semantic tokens that training does not change, on the fly or kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data import Record
+from ..errors import SketchFusionError
+from ..images import Geometry, Preprocess, collate
+from ..model import SketchFusion
+from .views import draw_view, look
+
+log = logging.getLogger(__name__)
+
+SHARD = 256  # views a file
+WORKERS = min(16, os.cpu_count() or 1)
+
+
+class Entry(NamedTuple):
+    """One view of one record."""
+
+    record: Record
+    view: int  # its number, see `draw_view`
+
+
+class Embedded(NamedTuple):
+    """What `SketchFusion.embed` gives for N views, and where they lie on their canvases."""
+
+    latents: Tensor  # (N, 4, S/8, S/8)
+    tokens: Tensor  # (N, width, t, t)
+    geometry: Geometry  # (N,) tensors
+
+
+def pixels_of(entries: Iterable[Entry], preprocess: Preprocess, seed: int) -> tuple[Tensor, Geometry]:
+    """Open, view and letterbox: (N, 3, S, S) in [0, 1] and the geometry, decoded by several threads.
+
+    Raises:
+        ImageError: naming the file that cannot be read.
+    """
+
+    def one(entry: Entry) -> tuple[Tensor, Geometry]:
+        view = draw_view(entry.record, entry.view, seed)
+        return preprocess(look(entry.record, view, preprocess.size))
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        pixels, geometries = zip(*pool.map(one, entries), strict=True)
+    return torch.stack(pixels), collate(geometries)
+
+
+class FrozenCache:
+    """Latents and tokens of `views` views of every record, in safetensors files of one folder.
+
+    A file holds `SHARD` views and is named by all that its contents depend on: the images' bytes, the views, the
+    backbones' weights, sizes and dtype. So it is found again by another run, and never by one it does not fit; it
+    appears complete or not at all, so a killed run goes on where it was. Old files are left for the user to delete.
+
+    Args:
+        model: whose backbones do the work.
+        records: the images.
+        views: K, views an image; view 0 is the image as it is.
+        folder: where the files go; several runs and sets can share it.
+        rank, world: this process does every world-th file that is missing.
+    """
+
+    def __init__(
+        self,
+        model: SketchFusion,
+        records: Sequence[Record],
+        views: int,
+        folder: Path,
+        *,
+        seed: int,
+        batch_size: int = 16,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        entries = [Entry(record, view) for record in records for view in range(views)]
+        keys = dict(zip(records, _content_keys(records), strict=True))
+        common = backbones_key(model)
+        shards = [entries[i : i + SHARD] for i in range(0, len(entries), SHARD)]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._paths: list[Path] = []
+        for shard in shards:
+            parts = [common, *(f"{keys[e.record]} {draw_view(e.record, e.view, seed)}" for e in shard)]
+            self._paths.append(folder / f"{_digest(json.dumps(parts).encode())}.safetensors")
+        self._places = {entry: (s, row) for s, shard in enumerate(shards) for row, entry in enumerate(shard)}
+        self._files: dict[int, Any] = {}
+        missing = [s for s, path in enumerate(self._paths) if not path.exists()]
+        kept = len(shards) - len(missing)
+        log.info(
+            "cache %s: %d images × %d views, %d of %d files there already",
+            folder,
+            len(records),
+            views,
+            kept,
+            len(shards),
+        )
+        with tqdm(total=sum(len(shards[s]) for s in missing[rank::world]), desc="cache", unit="view", delay=2) as bar:
+            for s in missing[rank::world]:
+                self._write(model, shards[s], self._paths[s], seed, batch_size, bar)
+
+    def _write(self, model: SketchFusion, shard: list[Entry], path: Path, seed: int, batch_size: int, bar: Any) -> None:
+        parts: list[Embedded] = []
+        for i in range(0, len(shard), batch_size):
+            pixels, geometry = pixels_of(shard[i : i + batch_size], model.preprocess, seed)
+            latents, tokens = model.embed(pixels)
+            parts.append(Embedded(latents.cpu(), tokens.cpu(), geometry))
+            bar.update(len(pixels))
+        tensors = {
+            "latents": torch.cat([part.latents for part in parts]).contiguous(),
+            "tokens": torch.cat([part.tokens for part in parts]).contiguous(),
+            "geometry": torch.cat([torch.stack([torch.as_tensor(f) for f in part.geometry], 1) for part in parts]),
+        }
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, unfinished)
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            raise SketchFusionError(f"{path.parent}: the cache cannot be written: {error}") from error
+
+    def fetch(self, entries: Sequence[Entry]) -> Embedded:
+        """What is kept of these views, in host memory."""
+        latents, tokens, geometry = [], [], []
+        for entry in entries:
+            shard, row = self._places[entry]
+            if shard not in self._files:
+                try:
+                    self._files[shard] = safe_open(self._paths[shard], framework="pt")
+                except (OSError, SafetensorError) as error:
+                    path = self._paths[shard]
+                    raise SketchFusionError(f"{path} is damaged ({error}): delete it, and it is made again") from error
+            file = self._files[shard]
+            latents.append(file.get_slice("latents")[row : row + 1])
+            tokens.append(file.get_slice("tokens")[row : row + 1])
+            geometry.append(file.get_slice("geometry")[row : row + 1])
+        return Embedded(torch.cat(latents), torch.cat(tokens), Geometry(*torch.cat(geometry).unbind(1)))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _content_keys(records: Sequence[Record]) -> list[str]:
+    """A digest of each record's file, and its row; a file of many is read once."""
+    files = sorted({record.path for record in records})
+
+    def one(path: str) -> str:
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+        except OSError as error:
+            raise SketchFusionError(f"{path} cannot be read: {error.strerror}") from error
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        digests = dict(zip(files, pool.map(one, files), strict=True))
+    return [f"{digests[record.path]}:{record.row}" for record in records]
+
+
+def backbones_key(model: SketchFusion) -> str:
+    """A digest of all that latents and tokens depend on besides the image: weights, dtype, sizes, normalisation."""
+    hasher = hashlib.blake2b(digest_size=16)
+    config = model.config
+    sees = [(b.image_size, b.mean, b.std) for b in (config.diffusion, config.semantic)]
+    hasher.update(repr((sees, model.dtype, model.diffusion.vae.config.scaling_factor)).encode())
+    for part in (model.diffusion.vae, model.semantic.model):
+        for name, tensor in part.state_dict().items():
+            hasher.update(name.encode())
+            hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()

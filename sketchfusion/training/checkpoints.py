@@ -1,0 +1,126 @@
+"""The state of a run that goes on after a kill, and the heads of a finished one: safetensors, never pickles."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import LoadError, SketchFusionError
+from ..model import SketchFusion
+from ..tasks import Task
+from ..tasks.recognition import make_head
+
+STATE = "training.safetensors"
+HEAD = "head.safetensors"
+
+
+class State:
+    """What a run needs to go on: trained weights, heads and the optimiser's moments, after so many steps.
+
+    Everything random in a run is drawn from the seed and the step, so no state of a generator has to be kept.
+
+    Args:
+        folder: of the run.
+        run: its fingerprint; the state of another run is refused.
+        module: its parameters that require gradients are kept.
+        optimizer: AdamW over just these, in their order.
+    """
+
+    def __init__(self, folder: Path, run: str, module: nn.Module, optimizer: torch.optim.Optimizer):
+        self.path, self.run, self.optimizer = folder / STATE, run, optimizer
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    def save(self, step: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, unfinished, {"step": str(step), "run": self.run})
+            os.replace(unfinished, self.path)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            raise SketchFusionError(f"{self.path} cannot be written: {error}") from error
+
+    @torch.no_grad()
+    def resume(self) -> int:
+        """The number of steps done: 0 where there is no state.
+
+        Raises:
+            SketchFusionError: the folder holds the state of another run, or a damaged one.
+        """
+        if not self.path.exists():
+            return 0
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("run") != self.run:
+                    raise SketchFusionError(
+                        f"{self.path.parent} holds another run, with other settings, data or model: name another "
+                        f"folder, or delete {self.path.name} to begin afresh there"
+                    )
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(file.get_tensor(f"weight.{name}"))
+                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in file.keys()]  # noqa: SIM118
+                    moments = {key: file.get_tensor(f"{key}.{name}") for key in keys}
+                    moved = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
+                    self.optimizer.state[parameter] = moved
+                return int(metadata["step"])
+        except (OSError, SafetensorError) as error:
+            raise SketchFusionError(f"{self.path} is damaged ({error}): delete it to begin afresh") from error
+
+
+def save_finetuned(model: SketchFusion, folder: Path) -> None:
+    """Put fine-tuned weights in the place of the original ones that `save_pretrained` copied into the checkpoint.
+
+    What never runs (decoder, last up block) stays as it was published, so the folders are complete for their libraries.
+    """
+    unet = folder / "diffusion" / "unet"
+    whole = UNet2DConditionModel.from_pretrained(unet, torch_dtype=torch.float32)
+    whole.load_state_dict(model.diffusion.unet.state_dict(), strict=False)
+    for part, target in ((whole, unet), (model.semantic.model, folder / "semantic")):
+        for old in target.glob("*.safetensors*"):  # of another dtype, or in several pieces
+            old.unlink()
+        part.save_pretrained(target)
+
+
+def save_head(task: Task, folder: Path) -> None:
+    """Write a task's head, where it has one, beside the checkpoint: weights, classes and shape in one file."""
+    head = getattr(task, "head", None)
+    if head is None:
+        return
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    classes: Any = task.classes  # type: ignore[attr-defined]
+    save_file(tensors, folder / HEAD, {"task": task.name, "classes": json.dumps(classes)})
+
+
+def load_head(folder: str | os.PathLike) -> tuple[nn.Module, tuple[str, ...]]:
+    """The recognition head that training wrote into a checkpoint folder, in eval mode, and its classes.
+
+    Returns:
+        A module (N, D) -> (N, classes), and the classes' names in the order of the logits.
+
+    Raises:
+        LoadError: there is none, or it is damaged.
+    """
+    path = Path(folder) / HEAD
+    try:
+        with safe_open(path, framework="pt") as file:
+            classes = tuple(json.loads((file.metadata() or {})["classes"]))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise LoadError(f"{path} is no head that training wrote: {error}") from error
+    first = weights["1.weight"]
+    head = make_head(first.shape[1], len(classes), first.shape[0] if "4.weight" in weights else None)
+    head.load_state_dict(weights)
+    return head.eval(), classes

@@ -1,0 +1,161 @@
+"""From a task's name and a data set to what is trained on, and what is kept apart to validate on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..data import DataSet, Record, split
+from ..errors import ConfigError, SketchFusionError
+from ..evaluation import protocols
+from ..evaluation.rows import Extractor
+from ..model import SketchFusion
+from ..tasks import Task
+from ..tasks.correspondence import Correspondence
+from ..tasks.recognition import Recognition, accuracy
+from ..tasks.retrieval import Retrieval
+from ..tasks.segmentation import Segmentation
+
+TASKS = ("retrieval", "recognition", "correspondence", "segmentation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A task, and how well the model does it on what was kept apart."""
+
+    task: Task
+    validate: Callable[[SketchFusion], dict[str, float]]
+
+
+def make_job(
+    name: str,
+    data: DataSet,
+    model: SketchFusion,
+    *,
+    held_out: DataSet | float = 0.1,
+    sketches: DataSet | None = None,
+    images: int = 64,
+    level: str = "category",
+    loss: str = "info_nce",
+    hidden: int | None = None,
+) -> Job:
+    """A task on a data set, with a part of it kept apart.
+
+    Args:
+        name: one of `TASKS`.
+        data: what to train on. Segmentation: photos with masks.
+        model: that is to be trained.
+        held_out: what to validate on, or the share of `data` to keep apart: whole classes for retrieval, since that is
+            to work on classes never seen; photos with their sketches for the others.
+        sketches: segmentation: the sketches that say what to find.
+        images: in a batch.
+        level, loss: see `Retrieval`. hidden: see `Recognition`.
+
+    Raises:
+        ConfigError: no such task, or an illegal setting.
+        SketchFusionError: the data does not fit the task, or nothing would be left to train on.
+    """
+    if name not in TASKS:
+        raise ConfigError("task", f"is {name!r}", legal=", ".join(TASKS))
+    if name == "segmentation" and sketches is None:
+        raise ConfigError("sketches", "are missing: a sketch says what to find", legal="a set with sketches")
+    if isinstance(held_out, DataSet):
+        kept, apart = data, held_out
+    else:
+        kept, apart = (_split_classes if name == "retrieval" else _split_records)(data, held_out)
+    half = max(1, images // 2)
+    if name == "retrieval":
+        per_class = min(2, half)
+        task: Any = Retrieval(
+            kept,
+            level=level,
+            loss=loss,
+            classes=half // per_class,
+            per_class=per_class,
+        )
+
+        def figures(model: SketchFusion) -> dict[str, Any]:
+            if level == "fine":
+                return protocols.fg_sbir(_fused(model), apart)[0].figures
+            return protocols.zs_sbir(_fused(model), apart)[0].figures
+
+        shown: tuple[str, ...] = ("acc_1", "acc_5") if level == "fine" else ("map_all", "p_100")
+    elif name == "recognition":
+        task = Recognition(kept, model.config.aggregator_width, hidden=hidden, batch_size=images)
+
+        def figures(model: SketchFusion) -> dict[str, Any]:
+            return {"acc_1": _head_accuracy(task, model, apart.sketches)}
+
+        shown = ("acc_1",)
+    elif name == "correspondence":
+        task = Correspondence(kept, pairs=half)
+
+        def figures(model: SketchFusion) -> dict[str, Any]:
+            return protocols.correspondence(_fused(model), apart)[0].figures
+
+        shown = ("pck_5", "pck_10")
+    else:
+        assert sketches is not None
+        queries = sketches
+        task = Segmentation(kept, queries, pairs=half)
+
+        def figures(model: SketchFusion) -> dict[str, Any]:
+            return protocols.segmentation(_fused(model), apart, queries)[0].figures
+
+        shown = ("miou", "pacc")
+
+    def validate(model: SketchFusion) -> dict[str, float]:
+        found = figures(model)
+        return {f"{name} {key}, {apart.split}": float(found[key]) for key in shown}
+
+    return Job(task, validate)
+
+
+def _fused(model: SketchFusion) -> Extractor:
+    return Extractor(model, ["fused"], progress=False)
+
+
+def _head_accuracy(task: Recognition, model: SketchFusion, records: Sequence[Record]) -> float:
+    known = [record for record in records if record.label in task.classes]
+    features = model.encode([record.open() for record in known], dense=False, progress=False)
+    labels = torch.tensor([task.classes.index(str(record.label)) for record in known])
+    task.eval()
+    device = next(task.parameters()).device
+    found = accuracy(task.head(features.pooled.to(device)).cpu(), labels)
+    task.train()
+    return found
+
+
+def _split_classes(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
+    """Every so many-th class of the alphabet is kept apart."""
+    every = max(2, round(1 / share)) if 0 < share < 1 else 0
+    apart = data.classes[every // 2 :: every] if every else ()
+    kept = tuple(name for name in data.classes if name not in apart)
+    if not apart or len(kept) < 2:
+        raise SketchFusionError(
+            f"{data.name} ({data.split}): of {len(data.classes)} classes {share:g} cannot be kept apart to validate on"
+        )
+    return _part(data, kept, f"without {len(apart)} classes"), _part(data, apart, f"{len(apart)} classes kept apart")
+
+
+def _part(data: DataSet, classes: Sequence[str], words: str) -> DataSet:
+    chosen = set(classes)
+    records = tuple(record for record in data.records if record.label in chosen)
+    return DataSet(data.name, tuple(classes), records, f"{data.split}, {words}")
+
+
+def _split_records(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
+    if not 0 < share < 1:
+        raise ConfigError("held_out", f"is {share}", legal="a share between 0 and 1")
+    kept, apart = split(data.records, share)
+    if not kept or not apart:
+        raise SketchFusionError(
+            f"{data.name} ({data.split}): of {len(data.records)} images {share:g} cannot be kept apart to validate on"
+        )
+    return (
+        dataclasses.replace(data, records=kept, split=f"{data.split}, {1 - share:.0%}"),
+        dataclasses.replace(data, records=apart, split=f"{data.split}, {share:.0%} kept apart"),
+    )

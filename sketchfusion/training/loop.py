@@ -1,0 +1,353 @@
+"""The training loop: batches of one or several tasks, on one or several devices, that goes on after a kill."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import ConfigError, SketchFusionError
+from ..images import Geometry
+from ..model import SketchFusion
+from ..tasks import Sample, Task
+from . import checkpoints
+from .cache import Embedded, Entry, FrozenCache, pixels_of
+from .views import draw_view
+
+log = logging.getLogger(__name__)
+
+ABLATIONS = ("adapters", "mixing")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. The defaults suit the bundled model's size; the released script's are in brackets."""
+
+    steps: int = 1000  # optimiser steps
+    lr: float = 1e-3  # of AdamW, after the warm-up; falls to a thousandth of it by a cosine [1.25e-3, to 1e-6]
+    weight_decay: float = 1e-3  # [1e-3]
+    warmup: float = 0.03  # share of the steps in which the learning rate rises
+    clip: float = 1.0  # largest gradient norm
+    accumulate: int = 1  # batches an optimiser step
+    views: int = 4  # K: views an image; the first is the image as it is, the others are augmented
+    seed: int = 0
+    checkpoint_every: int = 200  # steps
+    validate_every: int = 0  # steps; 0: at the end only
+    without: tuple[str, ...] = ()  # ablations, left as they start: "adapters" (zero), "mixing" (equal weights)
+    finetune: bool = False  # B-Finetuning: the UNet and the semantic backbone learn too
+
+    def __post_init__(self) -> None:
+        for key, low in {"steps": 1, "accumulate": 1, "views": 1, "checkpoint_every": 1, "validate_every": 0}.items():
+            if getattr(self, key) < low:
+                raise ConfigError(key, f"is {getattr(self, key)}", legal=f"an integer from {low} up")
+        for key in ("lr", "clip"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(key, f"is {getattr(self, key)}", legal="a number above 0")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError("warmup", f"is {self.warmup}", legal="0 to 1, a share of the steps")
+        for name in self.without:
+            if name not in ABLATIONS:
+                raise ConfigError("without", f"names {name!r}", legal=", ".join(ABLATIONS))
+
+    def learning_rate(self, step: int) -> float:
+        """Of optimiser step `step`, counted from 0: a linear warm-up, then a cosine down to a thousandth."""
+        warmup = round(self.warmup * self.steps)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        return self.lr * (0.001 + 0.999 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+Validate = Callable[[SketchFusion], dict[str, float]]
+
+
+class _Trainee(nn.Module):
+    """The model and the tasks' heads as one module, for accelerate: a batch in, a loss out."""
+
+    def __init__(self, model: SketchFusion, tasks: Sequence[Task], finetune: bool):
+        super().__init__()
+        self.model, self.finetune = model, finetune
+        self.tasks = nn.ModuleList(cast("Sequence[nn.Module]", tasks))
+
+    def forward(
+        self, latents: Tensor, tokens: Tensor, geometry: Geometry, samples: list[list[Sample]]
+    ) -> tuple[Tensor, dict[str, float]]:
+        if self.finetune:  # these are pixels: what the semantic backbone sees in them is learned
+            tokens = self.model.semantic(tokens)
+        features = self.model.fuse(latents, tokens, geometry)
+        parts: dict[str, float] = {}
+        total, start = torch.zeros((), device=latents.device), 0
+        for task, mine in zip(self.tasks, samples, strict=True):
+            cost, shown = cast("Task", task).loss(features[start : start + len(mine)], mine)
+            start += len(mine)
+            total = total + cost
+            parts |= {f"{cast('Task', task).name}.{name}": value for name, value in shown.items()}
+        return total, parts
+
+
+def train(
+    model: SketchFusion,
+    tasks: Task | Sequence[Task],
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    cache: str | Path | None = None,
+    validate: Validate | None = None,
+    training_data: str | None = None,
+    include_backbones: bool = False,
+    progress: bool | None = None,
+) -> dict[str, float]:
+    """Train adapters, aggregator, mixing weights and the tasks' heads; write an ordinary checkpoint folder.
+
+    A run that was killed is started again by the same call, goes on from `out/training.safetensors`, and comes to the
+    same losses. Under `accelerate launch` every process draws batches of its own.
+
+    Args:
+        model: trained in place. Its dtype is what the backbones compute in; what is trained stays float32.
+        tasks: one or several; with several, a step's batch holds images of each, and their losses are summed.
+        out: folder for the checkpoint, `log.csv`, `validation.csv` and the state of a run that goes on.
+        settings: how to train.
+        cache: folder for latents and semantic tokens, which training does not change; without one they are computed
+            at every step, from views that are drawn afresh each time.
+        validate: called on the model every `validate_every` steps and at the end, in eval mode without gradients; what
+            it returns goes into `validation.csv` and, from the end, into the model card. It should look at classes that
+            are not trained on.
+        training_data: what was trained on, in words, for the model card.
+        include_backbones: as for `SketchFusion.save_pretrained`.
+        progress: show a progress bar with the time left; by default on a terminal.
+
+    Returns:
+        What `validate` returned at the end; else an empty dict.
+
+    Raises:
+        ConfigError: a setting is illegal.
+        ImageError: naming an image that cannot be read.
+        SketchFusionError: `out` holds another run; the loss is not finite.
+    """
+    from accelerate import Accelerator
+
+    settings = settings or Settings()
+    jobs: list[Task] = list(tasks) if isinstance(tasks, Sequence) else [tasks]
+    out = Path(out)
+    # In half precision the gradients of a float16 UNet need a scaler; bfloat16 and float32 need nothing.
+    half = model.dtype is torch.float16
+    accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="fp16" if half else "no")
+    if settings.finetune:
+        if model.dtype is not torch.float32 or cache is not None:
+            raise ConfigError("finetune", "trains the backbones themselves", legal="dtype='float32' and no cache")
+        for part in (model.diffusion.unet, model.semantic.model):
+            part.requires_grad_(True)
+    for name in settings.without:
+        frozen: Any = model.adapters if name == "adapters" else model.aggregator.mixing_weights
+        frozen.requires_grad_(False)
+    trainee = _Trainee(model, jobs, settings.finetune).to(accelerator.device)
+    parameters = [(name, p) for name, p in trainee.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [p for _, p in parameters], lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
+    )
+    records = tuple(dict.fromkeys(record for task in jobs for record in task.records))
+    run = fingerprint(model, jobs, settings, kept=cache is not None)
+    out.mkdir(parents=True, exist_ok=True)
+    state = checkpoints.State(out, run, trainee, optimizer)
+    first = state.resume()
+
+    rank, world = accelerator.process_index, accelerator.num_processes
+    kept = None
+    if cache is not None:
+        kept = FrozenCache(model, records, settings.views, Path(cache), seed=settings.seed, rank=rank, world=world)
+        accelerator.wait_for_everyone()
+
+    prepared, steps = accelerator.prepare(trainee, optimizer)
+    main = accelerator.is_main_process
+    journal = _Journal(out / "log.csv", first) if main else None
+    seen = sum(len(task.batch(np.random.default_rng(0))) for task in jobs) * settings.accumulate
+    images = seen * world
+    log.info(
+        "%d steps of %d images, %.1f looks at each of %d; %d parameters",
+        settings.steps, images, settings.steps * images / len(records), len(records),
+        sum(p.numel() for _, p in parameters),
+    )  # fmt: skip
+    figures: dict[str, float] = {}
+    disable = True if not main else None if progress is None else not progress
+    with (
+        tqdm(total=settings.steps, initial=first, desc="train", unit="step", disable=disable) as bar,
+        _Batches(model, jobs, settings, kept, rank, first * settings.accumulate) as batches,
+    ):
+        started = time.monotonic()
+        for step in range(first, settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate(step)
+            torch.manual_seed(settings.seed + step)  # dropout, the same after a kill
+            means: dict[str, float] = {}
+            for micro in range(settings.accumulate):
+                embedded, samples = next(batches)
+                last = micro + 1 == settings.accumulate
+                with nullcontext() if last else accelerator.no_sync(prepared):
+                    moved = (embedded.latents.to(accelerator.device), embedded.tokens.to(accelerator.device))
+                    loss, parts = prepared(*moved, embedded.geometry, samples)
+                    if not torch.isfinite(loss):
+                        raise SketchFusionError(
+                            f"the loss is {loss.item()} at step {step + 1}: try a smaller learning rate, "
+                            "or dtype='bfloat16' or 'float32'"
+                        )
+                    accelerator.backward(loss / settings.accumulate)
+                for name, value in {"loss": loss.item(), **parts}.items():
+                    means[name] = means.get(name, 0.0) + value / settings.accumulate
+            norm = accelerator.clip_grad_norm_([p for _, p in parameters], settings.clip)
+            steps.step()
+            steps.zero_grad()
+            bar.update()
+            bar.set_postfix(loss=f"{means['loss']:.3f}")
+            if journal is not None:
+                rate = images * (step + 1 - first) / (time.monotonic() - started)
+                lr = settings.learning_rate(step)
+                journal.write(
+                    {"step": step + 1, "lr": lr, **means, "grad_norm": float(norm), "images_per_second": rate}
+                )
+            done = step + 1 == settings.steps
+            if main and (done or (step + 1) % settings.checkpoint_every == 0):
+                state.save(step + 1)
+            if done or (settings.validate_every and (step + 1) % settings.validate_every == 0):
+                figures = _validated(model, validate, out / "validation.csv", step + 1, main)
+    if first == settings.steps:  # everything was done, and perhaps killed before the last lines
+        figures = _validated(model, validate, out / "validation.csv", first, main)
+    if main:
+        model.config = dataclasses.replace(
+            model.config, task=", ".join(t.name for t in jobs), training_data=training_data, metrics=figures
+        )
+        model.eval()
+        model.save_pretrained(out, include_backbones=include_backbones or settings.finetune)
+        if settings.finetune:
+            checkpoints.save_finetuned(model, out)
+        for task in jobs:
+            checkpoints.save_head(task, out)
+    accelerator.wait_for_everyone()
+    return figures
+
+
+def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, *, kept: bool) -> str:
+    """What a run is: two with the same fingerprint go through the same losses."""
+    config = dataclasses.replace(model.config, task=None, training_data=None, metrics={}, license=None).to_dict()
+    plan = dataclasses.asdict(settings)
+    for key in ("checkpoint_every", "validate_every"):  # may change between a kill and going on
+        plan.pop(key)
+    shown = [(t.name, len(t.records), [r.path.rpartition("/")[2] for r in t.records[:1000]]) for t in tasks]
+    parts = [config, plan, shown, kept, str(model.dtype), [_plain(t) for t in tasks]]
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _plain(task: Task) -> dict[str, Any]:
+    return {k: v for k, v in vars(task).items() if isinstance(v, int | float | str) and not k.startswith("_")}
+
+
+class _Batches:
+    """The batches from `first` on, in order; while one is computed, a thread prepares the next.
+
+    A context: leaving it waits for the thread. What a batch holds is decided by the seed, its number and the rank.
+    """
+
+    def __init__(
+        self,
+        model: SketchFusion,
+        tasks: list[Task],
+        settings: Settings,
+        cache: FrozenCache | None,
+        rank: int,
+        first: int,
+    ):
+        self.model, self.tasks, self.settings, self.cache, self.rank = model, tasks, settings, cache, rank
+        self.number = first
+        self.pool = ThreadPoolExecutor(1)
+        self.waiting: Future[Any] | None = None
+
+    def __enter__(self) -> Iterator[tuple[Embedded, list[list[Sample]]]]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[tuple[Embedded, list[list[Sample]]]]:
+        return self
+
+    def __next__(self) -> tuple[Embedded, list[list[Sample]]]:
+        waiting = self.waiting or self.pool.submit(self._prepare, self.number)
+        found, samples = waiting.result()
+        self.number += 1
+        self.waiting = self.pool.submit(self._prepare, self.number)
+        return self._embed(found), samples
+
+    def _prepare(self, number: int) -> tuple[Any, list[list[Sample]]]:
+        """What needs no network: tensors from the cache, or pixels; and the annotations as the views show them."""
+        random = np.random.default_rng([self.settings.seed, number, self.rank])
+        # Without a cache nothing is gained by seeing the same view again.
+        views = self.settings.views if self.cache is not None or self.settings.views == 1 else 2**31
+        plan = [[Entry(record, int(random.integers(views))) for record in task.batch(random)] for task in self.tasks]
+        entries = [entry for part in plan for entry in part]
+        seed = self.settings.seed
+        found: Any = (
+            pixels_of(entries, self.model.preprocess, seed) if self.cache is None else self.cache.fetch(entries)
+        )
+        geometry: Geometry = found[-1]
+        samples = iter([_sample(entry, geometry.image(i), seed) for i, entry in enumerate(entries)])
+        return found, [[next(samples) for _ in part] for part in plan]
+
+    def _embed(self, found: Any) -> Embedded:
+        if self.cache is not None:
+            return cast("Embedded", found)
+        pixels, geometry = found
+        if self.settings.finetune:
+            pixels = pixels.to(self.model.device)
+            with torch.no_grad():
+                return Embedded(self.model.diffusion.encode(pixels), pixels, geometry)
+        return Embedded(*self.model.embed(pixels), geometry)
+
+
+def _sample(entry: Entry, geometry: Geometry, seed: int) -> Sample:
+    view = draw_view(entry.record, entry.view, seed)
+    points = view.points(entry.record, int(geometry.width), int(geometry.height))
+    return Sample(entry.record, points, view.mask(entry.record))
+
+
+def _validated(model: SketchFusion, validate: Validate | None, path: Path, step: int, main: bool) -> dict[str, float]:
+    """The figures at this step, on the main process, which also writes them down."""
+    if validate is None or not main:
+        return {}
+    model.eval()
+    with torch.no_grad():
+        figures = validate(model)
+    log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    _Journal(path, step - 1).write({"step": step, **figures})
+    return figures
+
+
+class _Journal:
+    """A CSV file with a line a step; lines after the step that a run goes on from are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, values: dict[str, float]) -> None:
+        fresh = self.path.stat().st_size == 0
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if fresh:
+                writer.writerow(values)
+            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values.values())

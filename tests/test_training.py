@@ -1,0 +1,499 @@
+"""The training loop: what it trains, what it leaves alone, and that a killed run comes to the same losses."""
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from sketchfusion import ConfigError, ImageError, LoadError, SketchFusion, SketchFusionError
+from sketchfusion.data import DataSet, Record
+from sketchfusion.tasks import Task
+from sketchfusion.tasks.correspondence import Correspondence
+from sketchfusion.tasks.recognition import Recognition
+from sketchfusion.tasks.retrieval import Retrieval
+from sketchfusion.tasks.segmentation import Segmentation
+from sketchfusion.training import Settings, train
+from sketchfusion.training.cache import SHARD, Entry, FrozenCache, backbones_key, pixels_of
+from sketchfusion.training.checkpoints import STATE, load_head
+from sketchfusion.training.jobs import make_job
+from sketchfusion.training.views import View, draw_view, look
+
+SHAPES = {"disc": "ellipse", "block": "rectangle", "wedge": "polygon"}
+
+
+def draw(path: Path, shape: str, random: np.random.Generator, *, filled: bool) -> tuple[int, int, int, int]:
+    """A shape on white, filled for a photo and in outline for a sketch; returns its box."""
+    image = Image.new("RGB", (48, 40), "white")
+    pen = ImageDraw.Draw(image)
+    left, top = (int(v) for v in random.integers(2, 14, size=2))
+    box = (left, top, left + int(random.integers(16, 30)), top + int(random.integers(14, 24)))
+    corners: Any = [(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])]
+    colour = tuple(int(v) for v in random.integers(40, 180, size=3))
+    looks: dict[str, Any] = {"fill": colour} if filled else {"outline": "black", "width": 2}
+    getattr(pen, SHAPES[shape])(corners if shape == "wedge" else box, **looks)
+    image.save(path)
+    return box
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    """Three classes of four photos with masks and key points, two sketches each."""
+    folder, random = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+    records = []
+    for label in SHAPES:
+        for i in range(4):
+            for kind, k in (("photo", 0), ("sketch", 1), ("sketch", 2)):
+                path = folder / f"{label}{i}-{k}.png"
+                box = draw(path, label, random, filled=kind == "photo")
+                points = (("low", float(box[0]), float(box[3])), ("high", float(box[2]), float(box[1])))
+                mask = None
+                if kind == "photo":
+                    mask = str(folder / f"{label}{i}-mask.png")
+                    Image.fromarray((np.asarray(Image.open(path)).sum(2) < 765).astype(np.uint8) * 255).save(mask)
+                records.append(
+                    Record(str(path), kind, label, photo=f"{label}/{i}", mask=mask, points=points)  # type: ignore[arg-type]
+                )
+    return DataSet("shapes", tuple(SHAPES), tuple(records), "all")
+
+
+def tasks_of(name: str, data: DataSet, width: int) -> Task:
+    torch.manual_seed(0)
+    match name:
+        case "retrieval":
+            return Retrieval(data, classes=3, per_class=2)
+        case "recognition":
+            return Recognition(data, width, batch_size=8)
+        case "correspondence":
+            return Correspondence(data, pairs=4)
+    return Segmentation(data, data, pairs=4)
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    with path.open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+FEW = Settings(steps=4, lr=3e-3, views=2)
+
+
+@pytest.mark.parametrize("name", ["retrieval", "recognition", "correspondence", "segmentation"])
+def test_every_task_trains_adapters_and_aggregator_and_nothing_else(
+    name: str, untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+) -> None:
+    task = tasks_of(name, shapes, untrained.config.aggregator_width)
+    frozen = snapshot(untrained.diffusion) | snapshot(untrained.semantic)
+    before = {n: p.clone() for n, p in untrained.named_parameters() if p.requires_grad}
+    heads = [p.clone() for p in task.parameters()]
+    train(untrained, task, tmp_path, FEW, training_data="shapes")
+    after = dict(untrained.named_parameters())
+    still = [n for n, p in before.items() if torch.equal(p, after[n])]
+    assert still == []
+    assert all(
+        torch.equal(t, frozen[n]) for n, t in (snapshot(untrained.diffusion) | snapshot(untrained.semantic)).items()
+    )
+    assert not any(torch.equal(a, b) for a, b in zip(heads, task.parameters(), strict=True))
+    assert not untrained.training
+
+    loaded = SketchFusion.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    assert (loaded.config.task, loaded.config.training_data) == (name, "shapes")
+    image = shapes.records[0].path
+    torch.testing.assert_close(loaded.encode(image).pooled, untrained.encode(image).pooled, rtol=0.02, atol=0.02)
+    log = rows(tmp_path / "log.csv")
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    assert {"lr", "loss", "grad_norm", "images_per_second"} < set(log[0])
+
+
+def test_the_loss_falls(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    task = tasks_of("recognition", shapes, 32)
+    train(untrained, task, tmp_path, Settings(steps=150, lr=1e-2, views=1), cache=tmp_path / "cache")
+    losses = [row["loss"] for row in rows(tmp_path / "log.csv")]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_several_tasks_share_a_step(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    both = [tasks_of(name, shapes, 32) for name in ("retrieval", "correspondence")]
+    train(untrained, both, tmp_path, FEW)
+    first = rows(tmp_path / "log.csv")[0]
+    weighted = first["correspondence.contrastive"] + 5 * first["correspondence.flow"]
+    assert first["loss"] == pytest.approx(first["retrieval.info_nce"] + weighted, rel=1e-4)
+    assert SketchFusion.from_pretrained(tmp_path, device="cpu").config.task == "retrieval, correspondence"
+
+
+def test_a_head_comes_back(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    task = Recognition(shapes, 32, hidden=6, batch_size=8)
+    train(untrained, task, tmp_path, FEW)
+    head, classes = load_head(tmp_path)
+    task.eval()
+    pooled = torch.randn(3, 32)
+    assert classes == task.classes == tuple(sorted(SHAPES))
+    assert torch.equal(head(pooled), task.head(pooled))
+    with pytest.raises(LoadError, match="no head"):
+        load_head(tmp_path / "cache")
+
+
+class TestGoingOn:
+    def test_the_cache_changes_nothing_but_the_time(
+        self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+    ) -> None:
+        start = snapshot(untrained)
+        plan = Settings(steps=3, views=1)
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path / "a", plan)
+        untrained.load_state_dict(start)
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path / "b", plan, cache=tmp_path / "cache")
+        ours, theirs = ([row["loss"] for row in rows(tmp_path / name / "log.csv")] for name in "ab")
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+    @pytest.mark.parametrize("name", ["retrieval", "recognition"])
+    def test_a_run_in_two_pieces_is_the_run_in_one(
+        self, name: str, untrained: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        start = snapshot(untrained)
+        plan = Settings(steps=6, checkpoint_every=2, views=3)
+
+        def piece(out: Path, last: int | None = None) -> None:
+            untrained.load_state_dict(start)
+            task = tasks_of(name, shapes, 32)
+            if last is not None:
+                original, count = task.loss, iter(range(1, 100))
+
+                def dying(*arguments: Any) -> Any:
+                    if next(count) > last:
+                        raise KeyboardInterrupt
+                    return original(*arguments)
+
+                monkeypatch.setattr(task, "loss", dying)
+                with pytest.raises(KeyboardInterrupt):
+                    train(untrained, task, out, plan)
+            else:
+                train(untrained, task, out, plan)
+
+        piece(tmp_path / "whole")
+        piece(tmp_path / "pieces", last=5)  # the state is that after four steps, the log has a fifth
+        piece(tmp_path / "pieces")
+        whole, pieces = (rows(tmp_path / part / "log.csv") for part in ("whole", "pieces"))
+        assert [row["step"] for row in pieces] == [1, 2, 3, 4, 5, 6]
+        assert [row["loss"] for row in pieces] == [row["loss"] for row in whole]
+        weights = [(tmp_path / part / "model.safetensors").read_bytes() for part in ("whole", "pieces")]
+        assert weights[0] == weights[1]
+
+    def test_a_finished_run_is_not_run_again(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        plan = Settings(steps=2, views=1)
+        seen = []
+
+        def validate(model: SketchFusion) -> dict[str, float]:
+            seen.append(model.training)
+            return {"metric": 0.5}
+
+        for _ in range(2):
+            found = train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, plan, validate=validate)
+            assert found == {"metric": 0.5}
+        assert seen == [False, False]
+        assert len(rows(tmp_path / "log.csv")) == 2
+        assert rows(tmp_path / "validation.csv") == [{"step": 2, "metric": 0.5}]
+        assert "metric 0.5" in (tmp_path / "README.md").read_text()
+
+    def test_another_run_in_the_folder_is_refused(
+        self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+    ) -> None:
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
+        kept = (tmp_path / STATE).read_bytes()
+        for plan, data in ((dataclasses.replace(FEW, lr=1e-2), shapes), (FEW, _without_last(shapes))):
+            with pytest.raises(SketchFusionError, match="holds another run"):
+                train(untrained, tasks_of("retrieval", data, 32), tmp_path, plan)
+        assert (tmp_path / STATE).read_bytes() == kept
+
+    def test_a_damaged_state_is_named(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        (tmp_path / STATE).write_bytes(b"junk")
+        with pytest.raises(SketchFusionError, match=f"{STATE} is damaged"):
+            train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
+
+
+def _without_last(data: DataSet) -> DataSet:
+    return dataclasses.replace(data, records=data.records[:-1])
+
+
+class TestCache:
+    def make(self, model: SketchFusion, data: DataSet, folder: Path, views: int = 3) -> FrozenCache:
+        return FrozenCache(model, data.records, views, folder, seed=0)
+
+    def test_it_holds_what_embedding_gives(self, model: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        cache = self.make(model, shapes, tmp_path)
+        entries = [Entry(shapes.records[5], 2), Entry(shapes.records[0], 0)]
+        pixels, geometry = pixels_of(entries, model.preprocess, seed=0)
+        latents, tokens = model.embed(pixels)
+        found = cache.fetch(entries)
+        torch.testing.assert_close(found.latents, latents, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.tokens, tokens, rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(found.geometry, geometry, strict=True))
+
+    def test_it_is_found_again_and_made_once(
+        self, model: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.make(model, shapes, tmp_path)
+        times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        assert len(times) == -(-len(shapes.records) * 3 // SHARD)
+        monkeypatch.setattr(model, "embed", None)  # would fail if anything was computed again
+        self.make(model, shapes, tmp_path)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+
+    def test_what_it_depends_on_makes_another(self, model: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        self.make(model, shapes, tmp_path)
+        before = set(tmp_path.iterdir())
+        key = backbones_key(model)
+        with torch.no_grad():
+            next(model.semantic.model.parameters()).add_(1.0)
+        assert backbones_key(model) != key
+        self.make(model, shapes, tmp_path)
+        assert len(set(tmp_path.iterdir())) == 2 * len(before)
+        path = Path(shapes.records[0].path)
+        original = path.read_bytes()
+        try:
+            draw(path, "disc", np.random.default_rng(9), filled=True)
+            self.make(model, shapes, tmp_path)
+        finally:
+            path.write_bytes(original)
+        assert len(set(tmp_path.iterdir())) == 3 * len(before)
+
+    def test_a_kill_leaves_no_half_a_file(
+        self, model: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sketchfusion.training.cache.SHARD", 20)
+        original, calls = model.embed, []
+
+        def dying(pixels: torch.Tensor) -> Any:
+            calls.append(len(pixels))
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return original(pixels)
+
+        monkeypatch.setattr(model, "embed", dying)
+        with pytest.raises(KeyboardInterrupt):
+            self.make(model, shapes, tmp_path)
+        assert len(list(tmp_path.iterdir())) == 1  # of 20 views, of two batches each
+        self.make(model, shapes, tmp_path)
+        assert sum(calls[4:]) == len(shapes.records) * 3 - 20
+
+    def test_a_damaged_file_is_named(self, model: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        self.make(model, shapes, tmp_path)
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(b"junk")
+        with pytest.raises(SketchFusionError, match=f"{path.name} is damaged.*delete it"):
+            self.make(model, shapes, tmp_path).fetch([Entry(shapes.records[0], 0)])
+
+    def test_an_image_that_cannot_be_read_is_named(self, model: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        bad = tmp_path / "bad.png"
+        bad.write_bytes(b"junk")
+        records = (Record(str(bad), "photo", "disc"),)
+        with pytest.raises(ImageError, match=r"bad\.png"):
+            FrozenCache(model, records, 1, tmp_path / "cache", seed=0)
+        with pytest.raises(SketchFusionError, match=r"gone\.png cannot be read"):
+            FrozenCache(model, (Record(str(tmp_path / "gone.png"), "photo", "disc"),), 1, tmp_path / "cache", seed=0)
+
+
+class TestViews:
+    def test_the_first_is_the_image_itself(self, shapes: DataSet) -> None:
+        record = shapes.records[0]
+        assert draw_view(record, 0, seed=5) == View()
+        assert np.array_equal(np.asarray(look(record, View(), 32)), np.asarray(Image.open(record.path).convert("RGB")))
+
+    def test_the_others_are_drawn_once_and_for_all(self, shapes: DataSet) -> None:
+        record = shapes.records[0]
+        assert draw_view(record, 1, seed=0) == draw_view(record, 1, seed=0)
+        views = {draw_view(r, k, seed=s) for r in shapes.records[:2] for k in (1, 2) for s in (0, 1)}
+        assert len(views) == 8
+
+    @pytest.mark.parametrize("kind", ["photo", "sketch"])
+    def test_points_and_mask_move_with_the_image(self, kind: Any, tmp_path: Path) -> None:
+        """A dot at the key point: where it is in the view is where the view says the point is."""
+        image = Image.new("RGB", (200, 120), "white")
+        ImageDraw.Draw(image).ellipse((88, 58, 92, 62), fill="black")
+        image.save(tmp_path / "dot.png")
+        Image.fromarray((np.asarray(image.convert("L")) < 128).astype(np.uint8) * 255).save(tmp_path / "mask.png")
+        record = Record(
+            str(tmp_path / "dot.png"), kind, "dot", mask=str(tmp_path / "mask.png"), points=(("dot", 90.5, 60.5),)
+        )
+        for number in range(1, 12):
+            view = draw_view(record, number, seed=0)
+            seen = np.asarray(dataclasses.replace(view, contrast=1, brightness=1).image(image, 64)).sum(2) < 380
+            (x, y) = view.points(record, 200, 120)["dot"]
+            rows_, columns = np.nonzero(seen)
+            assert (columns.mean() + 0.5, rows_.mean() + 0.5) == pytest.approx((x, y), abs=1.0)
+            mask = view.mask(record)
+            assert mask is not None
+            centre = mask.nonzero().float().mean(0) + 0.5
+            assert (centre[1].item(), centre[0].item()) == pytest.approx((x, y), abs=1.0)
+
+    def test_a_point_that_leaves_the_picture_is_gone(self) -> None:
+        record = Record("x", "photo", "x", points=(("corner", 0.5, 0.5), ("middle", 50.0, 50.0)))
+        crop = View((0.5, 0, 0.25, 0, 0.5, 0.25))
+        assert crop.points(record, 100, 100) == {"middle": (50.0, 50.0)}
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("steps", 0), ("views", 0), ("lr", 0.0), ("lr", float("nan")), ("warmup", 2.0), ("without", ("taps",))],
+    )
+    def test_illegal(self, key: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=key):
+            Settings(**{key: value})
+
+    def test_learning_rate(self) -> None:
+        plan = Settings(steps=100, lr=1.0, warmup=0.1)
+        assert [plan.learning_rate(s) for s in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+        assert plan.learning_rate(55) == pytest.approx(0.5, abs=0.01)
+        assert 0.001 <= plan.learning_rate(99) < 0.003
+
+    def test_ablations_stay_as_they_begin(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        plan = dataclasses.replace(FEW, without=("adapters", "mixing"))
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, plan)
+        assert not any(p.any() for p in untrained.adapters.parameters())
+        assert not untrained.aggregator.mixing_weights.any()
+
+    def test_accumulated_batches_are_one_step(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, dataclasses.replace(FEW, accumulate=3))
+        assert len(rows(tmp_path / "log.csv")) == 4
+
+    def test_a_loss_that_is_not_finite_stops_the_run(
+        self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        task = tasks_of("retrieval", shapes, 32)
+        monkeypatch.setattr(task, "loss", lambda features, _: (features.pooled.sum() * float("nan"), {}))
+        with pytest.raises(SketchFusionError, match="nan at step 1"):
+            train(untrained, task, tmp_path, FEW)
+        assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_finetuning_reaches_the_backbones_and_is_saved(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+) -> None:
+    before = {n: p.clone() for n, p in untrained.named_parameters()}
+    plan = dataclasses.replace(FEW, finetune=True)
+    train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, plan)
+    moved = {n for n, p in untrained.named_parameters() if not torch.equal(p, before[n])}
+    assert any(n.startswith("diffusion.unet.down_blocks") for n in moved)
+    assert any(n.startswith("semantic.model") for n in moved)
+    assert not any(n.startswith("diffusion.vae") for n in moved)
+    loaded = SketchFusion.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    image = shapes.records[0].path
+    torch.testing.assert_close(loaded.encode(image).pooled, untrained.encode(image).pooled, rtol=0.02, atol=0.02)
+    with pytest.raises(ConfigError, match="finetune"):
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path / "b", plan, cache=tmp_path)
+
+
+class TestJobs:
+    @pytest.mark.parametrize("name", ["retrieval", "recognition", "correspondence", "segmentation"])
+    def test_what_is_kept_apart_is_not_trained_on(self, name: str, model: SketchFusion, shapes: DataSet) -> None:
+        job = make_job(name, shapes, model, held_out=0.34, sketches=shapes, images=8)
+        figures = job.validate(model)
+        assert figures
+        assert all(0 <= value <= 1 for value in figures.values())
+        assert all("kept apart" in key for key in figures)
+        seen = {record.path for record in job.task.records}
+        assert len(seen) < len(shapes.records)
+
+    def test_retrieval_keeps_whole_classes_apart(self, model: SketchFusion, shapes: DataSet) -> None:
+        job = make_job("retrieval", shapes, model, held_out=0.34, images=8)
+        assert len({record.label for record in job.task.records}) == 2
+
+    def test_errors(self, model: SketchFusion, shapes: DataSet) -> None:
+        with pytest.raises(ConfigError, match="retrieval, recognition"):
+            make_job("detection", shapes, model)
+        with pytest.raises(ConfigError, match="sketches"):
+            make_job("segmentation", shapes, model)
+        for name in ("retrieval", "recognition"):
+            with pytest.raises(SketchFusionError, match=r"kept apart|held_out"):
+                make_job(name, shapes, model, held_out=0.0)
+
+
+@pytest.fixture
+def sketchy(shapes: DataSet, tmp_path: Path) -> Path:
+    """The shapes in Sketchy's layout."""
+    for record in shapes.records:
+        stem = str(record.photo).replace("/", "")
+        name = f"{stem}.jpg" if record.kind == "photo" else f"{stem}-{Path(record.path).stem[-1]}.png"
+        target = tmp_path / "256x256" / record.kind / "tx_000000000000" / str(record.label) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(record.path).save(target)
+    return tmp_path
+
+
+class TestCommandLine:
+    def command(self, sketchy: Path, out: Path, *more: str) -> list[str]:
+        return [
+            sys.executable, "-m", "sketchfusion", "train", "--task", "retrieval", "--data", "sketchy",
+            "--root", str(sketchy), "--out", str(out), "--held-out", "0.34", "--images", "8", "--views", "2", *more,
+        ]  # fmt: skip
+
+    def test_killed_and_started_again(
+        self, model: SketchFusion, sketchy: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        start = tmp_path_factory.mktemp("start")
+        model.save_pretrained(start)
+        cache = str(tmp_path / "cache")
+        more = ["--model", str(start), "--steps", "400", "--checkpoint-every", "10", "--cache", cache]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        out = tmp_path / "out"
+        run = subprocess.Popen(self.command(sketchy, out, *more), env=environment, **quiet)  # type: ignore[call-overload]
+        log = out / "log.csv"
+        deadline = time.monotonic() + 240
+        while not (log.exists() and log.read_text().count("\n") > 25):
+            assert time.monotonic() < deadline
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        before = rows(log)
+        assert not (out / "model.safetensors").exists()
+        finished = subprocess.run(self.command(sketchy, out, *more), env=environment, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        after = rows(log)
+        assert [row["step"] for row in after] == list(range(1, 401))
+        common = min(len(before), 400) - 1  # the killed one's last line may be half a line
+        assert [row["loss"] for row in after[:common]] == [row["loss"] for row in before[:common]]
+        assert "map_all" in finished.stdout
+
+    @pytest.mark.parametrize(
+        ("more", "problem"),
+        [
+            (["--task", "recognition", "--task", "segmentation", "--data", "shoes"], "--data: is given 2 times"),
+            (["--steps", "0"], "steps: is 0"),
+            (["--root", "/nowhere/at/all"], "--root"),
+            (["--semantic", "somewhere/else"], "--diffusion"),
+        ],
+    )
+    def test_mistakes(
+        self, more: list[str], problem: str, sketchy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        code = run_main([*self.command(sketchy, tmp_path / "out")[3:], *more])
+        assert code == 2
+        assert problem in capsys.readouterr().err
+
+
+def run_main(arguments: list[str]) -> int:
+    from sketchfusion import cli
+
+    saved = sys.argv
+    sys.argv = ["sketchfusion", *arguments]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = saved
+    return 0
