@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Self, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+Triple = tuple[float, float, float]
+
+
+class Frozen(nn.Module):
+    """A network that stays as it was published: no gradients, never in training mode, pixels as it was trained on.
+
+    Args:
+        mean, std: pixels in [0, 1] become (pixels - mean) / std.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Triple, std: Triple):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def freeze(self) -> None:
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, S, S) in [0, 1] as the network saw them in its training, in the pixels' dtype."""
+        return (pixels - self.mean) / self.std
 
 
 def shared_copy(module: Module) -> Module:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import LoadError
 from ..hub import Location, MissingFile, undisturbed
-from . import shared_copy
+from . import Frozen, Triple, shared_copy
 
-Hook = Callable[[Tensor], Tensor]
+Hook = Callable[[Tensor], Tensor]  # a block's output -> what goes on in its place
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls its weights
 SCHEDULER = "scheduler/scheduler_config.json"
 
@@ -27,7 +27,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 _FOREIGN_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 
 
-class DiffusionBackbone(nn.Module):
+class DiffusionBackbone(Frozen):
     """Frozen Stable Diffusion 1.x or 2.x: image -> latents -> noised latents -> maps at the tapped blocks.
 
     The UNet runs once, at `timestep`, under the null prompt, and stops after the last tap. The decoder and the
@@ -45,8 +45,6 @@ class DiffusionBackbone(nn.Module):
     """
 
     null_prompt: Tensor
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -58,10 +56,10 @@ class DiffusionBackbone(nn.Module):
         taps: Collection[str],
         timestep: int = 195,
         noise_seed: int = 0,
-        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        mean: Triple = (0.5, 0.5, 0.5),
+        std: Triple = (0.5, 0.5, 0.5),
     ):
-        super().__init__()
+        super().__init__(mean, std)
         if null_prompt.ndim != 2:
             raise LoadError(f"the null prompt has shape {tuple(null_prompt.shape)}, not (L, cross_attention_dim)")
         if null_prompt.shape[-1] != unet.config.cross_attention_dim:
@@ -73,14 +71,8 @@ class DiffusionBackbone(nn.Module):
         self.alpha_bar, self.timestep, self.noise_seed = alpha_bar, timestep, noise_seed
         self.taps = tuple(taps)
         self.register_buffer("null_prompt", null_prompt.to(unet.dtype), persistent=False)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self._free_what_never_runs()
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> Self:
-        return super().train(False)
+        self.freeze()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +86,7 @@ class DiffusionBackbone(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, S, S) in [0, 1] -> clean scaled latents (N, 4, S/8, S/8): the posterior's mode."""
-        inputs = ((pixels - self.mean) / self.std).to(self.dtype)
+        inputs = self.normalized(pixels).to(self.dtype)
         return self.vae.encode(inputs).latent_dist.mode() * self.vae.config.scaling_factor
 
     def add_noise(self, latents: Tensor, member: int) -> Tensor:

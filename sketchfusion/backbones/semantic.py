@@ -7,7 +7,7 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,12 @@ from transformers import AutoConfig, AutoModel
 from ..config import CLIP_MEAN, CLIP_STD
 from ..errors import ConfigError, LoadError
 from ..hub import Location, MissingFile, undisturbed
-from . import shared_copy
+from . import Frozen, Triple, shared_copy
 
-Triple = tuple[float, float, float]
 PREPROCESSOR = "preprocessor_config.json"
 
 
-class SemanticBackbone(nn.Module):
+class SemanticBackbone(Frozen):
     """Frozen vision transformer: image -> the patch tokens of `hidden_states[-1]` (for CLIP: before the last norm).
 
     Args:
@@ -35,26 +34,17 @@ class SemanticBackbone(nn.Module):
         ConfigError: `image_size` is no multiple of the patch size.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: Any, *, image_size: int, mean: Triple, std: Triple):
-        super().__init__()
+        super().__init__(mean, std)
         patch = model.config.patch_size
         if image_size % patch:
             raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
         self.model, self.image_size, self.grid = model, image_size, image_size // patch
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         # Models that do not adapt their positions to the canvas by themselves take a keyword for it.
         adapts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         native = getattr(model.config, "image_size", image_size) == image_size
         self._arguments = {"interpolate_pos_encoding": True} if adapts and not native else {}
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> Self:
-        return super().train(False)
+        self.freeze()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,7 +61,7 @@ class SemanticBackbone(nn.Module):
         if pixels.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        inputs = ((pixels - self.mean) / self.std).to(self.dtype)
+        inputs = self.normalized(pixels).to(self.dtype)
         hidden = self.model(inputs, output_hidden_states=True, **self._arguments).hidden_states[-1]
         if hidden.shape[1] < self.grid**2:
             raise LoadError(

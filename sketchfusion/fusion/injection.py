@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbones.diffusion import Hook
 from .masters import Conv2d, Masters
-
-Hook = Callable[[Tensor], Tensor]  # a block's output -> what goes on in its place
 
 
 class Adapters(Masters):
