@@ -68,7 +68,7 @@ UNSEEN = (
 )  # fmt: skip
 
 SEMANTIC = dict(
-    hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=12, image_size=224, patch_size=16,
+    hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=224, patch_size=16,
     hidden_act="gelu",
 )  # fmt: skip
 VAE = dict(
@@ -105,9 +105,13 @@ class Stage:
     steps: int
 
 
-SEMANTIC_STAGES = (Stage(128, 40, 64, 600), Stage(128, 24, 40, 900), Stage(224, 16, 24, 200))
+# Two cycles, in each of which the learning rate rises to its value and falls to nothing.
+SEMANTIC_CYCLES = (
+    (Stage(128, 40, 64, 600), Stage(128, 24, 40, 900), Stage(224, 16, 24, 200)),
+    (Stage(128, 24, 40, 1200), Stage(224, 16, 24, 300)),
+)
 SEMANTIC_DEPTHS = (2, 4, 6)  # after these layers tokens are compared with the teacher's three depths
-SEMANTIC_LR, SEMANTIC_DECAY, SEMANTIC_WARMUP = 1.5e-3, 0.05, 40
+SEMANTIC_LRS, SEMANTIC_DECAY, SEMANTIC_WARMUP = (1.5e-3, 1e-3), 0.05, 40
 NCE_TEMPERATURE = 0.1
 
 VAE_STEPS, VAE_BATCH, VAE_SIDE, VAE_LR, VAE_KL = 400, 16, 96, 3e-3, 1e-3
@@ -398,55 +402,15 @@ def train_and_write_targets(maps: dict[str, tuple[Tensor, ...]], work: Path) -> 
 
 
 def build_semantic() -> CLIPVisionModel:
-    """The vision transformer, starting as a convolutional network would: nine heads a layer look at the neighbours."""
+    """The vision transformer; position embeddings start as 2-D sines, so that every resolution agrees on them."""
     config = CLIPVisionConfig(**SEMANTIC)
     # On a CPU plain matrix products train this model 1.4 times as fast as the fused attention.
     model = CLIPVisionModel._from_config(config, attn_implementation="eager")
+    positions = model.get_parameter(next(n for n, _ in model.named_parameters() if "position_embedding" in n))
     with torch.no_grad():
-        positions = named(model, "position_embedding.weight")
         positions.zero_()
-        positions[1:] = 0.05 * sines_2d(SEMANTIC["image_size"] // SEMANTIC["patch_size"], SEMANTIC["hidden_size"])
-        positions[1:, :PLACE] = 1.5 * places(SEMANTIC["image_size"] // SEMANTIC["patch_size"])
-        look_at_neighbours(model)
+        positions[1:] = 0.2 * sines_2d(SEMANTIC["image_size"] // SEMANTIC["patch_size"], SEMANTIC["hidden_size"])
     return model
-
-
-def named(model: nn.Module, ending: str) -> nn.Parameter:
-    return next(parameter for name, parameter in model.named_parameters() if name.endswith(ending))
-
-
-# The first channels of a token say where it is, in waves short enough to tell a patch from the next. A head that turns
-# those of the query by one patch attends to the neighbour there, whatever the content: nine such heads see what a 3 × 3
-# convolution does. From a random start a transformer spends a third of so short a training on learning just that.
-FREQUENCIES = torch.tensor([0.2, 0.5, 1.0, 1.6])  # radians a patch
-PLACE = 4 * len(FREQUENCIES)  # channels: sine and cosine, row and column
-
-
-def places(side: int) -> Tensor:
-    """(side², PLACE): sines and cosines of the row, then of the column."""
-    angles = torch.arange(side).float()[:, None] * FREQUENCIES
-    waves = torch.cat([angles.sin(), angles.cos()], 1)
-    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    return torch.cat([rows, columns], 2).reshape(side * side, PLACE)
-
-
-def look_at_neighbours(model: CLIPVisionModel) -> None:
-    """Start queries and keys of nine heads a layer so that each attends to one of the 3 × 3 patches around its own."""
-    width, heads = SEMANTIC["hidden_size"], SEMANTIC["num_attention_heads"]
-    neighbours = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    for name, weight in model.named_parameters():
-        if not name.endswith(("q_proj.weight", "k_proj.weight")):
-            continue
-        for head, (down, right) in zip(weight.view(heads, width // heads, width), neighbours, strict=False):
-            turned = torch.zeros(PLACE, PLACE)
-            for first, by in ((0, down), (PLACE // 2, right)):
-                for i, frequency in enumerate(FREQUENCIES):
-                    angle = frequency * by if name.endswith("q_proj.weight") else torch.zeros(())
-                    sine, cosine = first + i, first + len(FREQUENCIES) + i
-                    turned[sine, sine] = turned[cosine, cosine] = angle.cos()
-                    turned[sine, cosine], turned[cosine, sine] = angle.sin(), -angle.sin()
-            head.normal_(std=0.02)
-            head[:PLACE, :PLACE] += 2.0 * turned
 
 
 def sines_2d(side: int, width: int) -> Tensor:
@@ -463,14 +427,13 @@ def whiten_patches(model: CLIPVisionModel, pixels: Tensor) -> None:
 
     Random filters see little but a patch's mean brightness, and would spend half of so short a training on that.
     """
-    weight = named(model, "patch_embedding.weight")
-    positions = named(model, "position_embedding.weight")
+    weight = next(p for n, p in model.named_parameters() if n.endswith("patch_embedding.weight"))
+    positions = next(p for n, p in model.named_parameters() if "position_embedding" in n)
     patches = F.unfold(clip_normalize(pixels), SEMANTIC["patch_size"], stride=SEMANTIC["patch_size"])
     patches = patches.transpose(1, 2).flatten(0, 1)
     mean = patches.mean(0)
     variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     filters = (directions / (variances.clamp(min=0) + 0.02).sqrt())[:, -len(weight) :].T
-    filters[:PLACE] = 0  # the channels that say where a patch is
     weight.copy_(filters.view_as(weight))
     positions[1:] -= filters @ mean
 
@@ -803,19 +766,23 @@ def train_semantic(out: Path, recorder: Recorder) -> None:
     torch.manual_seed(SEED)
     arrays = Arrays(out / "work")
     model, heads = build_semantic(), SemanticHeads()
-    whiten_patches(model, sample_images(arrays, SEMANTIC_STAGES[0].side))
-    ends = np.cumsum([stage.steps for stage in SEMANTIC_STAGES])
+    stages = [stage for cycle in SEMANTIC_CYCLES for stage in cycle]
+    whiten_patches(model, sample_images(arrays, stages[0].side))
+    ends = np.cumsum([stage.steps for stage in stages])
+    lengths = [sum(stage.steps for stage in cycle) for cycle in SEMANTIC_CYCLES]
     optimizers = Optimizers(
-        [model, heads], lr=SEMANTIC_LR, decay=SEMANTIC_DECAY, warmup=SEMANTIC_WARMUP, steps=int(ends[-1]),
+        [model, heads], lr=SEMANTIC_LRS[0], decay=SEMANTIC_DECAY, warmup=SEMANTIC_WARMUP, steps=lengths[0],
         muon=r"layers\.\d+\..*weight",
     )  # fmt: skip
     parts = {"model": model, "heads": heads, "optimizers": optimizers}
     start = recorder.resume(**parts)
     for step in range(start, int(ends[-1])):
-        stage = SEMANTIC_STAGES[int(np.searchsorted(ends, step, side="right"))]
+        stage = stages[int(np.searchsorted(ends, step, side="right"))]
+        cycle = int(np.searchsorted(np.cumsum(lengths), step, side="right"))
+        optimizers.lr, optimizers.steps = SEMANTIC_LRS[cycle], lengths[cycle]
         generator = torch.Generator().manual_seed(SEED + step)
         loss, figures = semantic_loss(model, heads, arrays, stage, generator)
-        optimizers.step(loss, step)
+        optimizers.step(loss, step - sum(lengths[:cycle]))
         if (step + 1) % LOG_EVERY == 0:
             recorder.note(step=step + 1, side=stage.side, loss=loss.item(), **figures)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == ends[-1]:

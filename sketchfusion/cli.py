@@ -169,3 +169,244 @@ def info(
         print(f"  {name:<10} {count:>13,} parameters {summary['bytes'][name] / 1e6:>9.2f} MB")
     for key, value in summary["config"].items():
         print(f"  {key}: {value}")
+
+
+@app.command()
+def analyze(
+    out: Annotated[Path, typer.Option(help="Folder to write to; made where it is missing.")],
+    sketches: Annotated[Path | None, typer.Argument(help="Folder of sketches.", metavar="SKETCHES")] = None,
+    photos: Annotated[Path | None, typer.Option(help="Folder of photos.")] = None,
+    model: Model = "mini",
+    limit: Annotated[int | None, typer.Option(help="Images of each kind, evenly spaced over its folder.")] = None,
+    as_json: Json = False,
+    ensemble: Annotated[int | None, typer.Option(help="Noised copies an image: 1 or even.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a forward.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Show which spatial frequencies semantic, diffusion and fused features hold, and check the paper's claims.
+
+    Writes `spectrum.png`, `components.png` (some images and their maps as colours) and `analysis.json`. Folders are
+    searched with all that is inside them; of sketches and photos one is enough, and either may be a single file. Bad
+    images are left out, each gets a line on stderr, and the exit code is 2.
+    """
+    folders = {kind: place for kind, place in {"sketch": sketches, "photo": photos}.items() if place is not None}
+    if not folders:
+        raise ConfigError("SKETCHES", "and --photos are both missing", legal="a folder of images for one or both")
+    for place in folders.values():
+        if out.resolve().is_relative_to(place.resolve()):  # and the next run would take its figures for images
+            raise ConfigError("--out", f"{out} lies in {place}", legal="a folder outside of those that are searched")
+
+    from tqdm.auto import tqdm
+
+    from . import plots
+    from .evaluation import analysis
+    from .model import SketchFusion
+
+    plots.require_matplotlib()
+    paths = {kind: analysis.find_images(place, limit) for kind, place in folders.items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--out", f"{out} cannot be made: {error.strerror}", legal="a folder to write to") from None
+    extractor = SketchFusion.from_pretrained(model, device=device, dtype=dtype)
+    read: dict[str, list[str]] = {kind: [] for kind in paths}
+    options: dict[str, Any] = {"ensemble": ensemble, "batch_size": batch_size}
+    streams = {
+        kind: tqdm(readable(found, read[kind]), kind, len(found), unit="image", disable=None, delay=2)
+        for kind, found in paths.items()
+    }
+    result = {"model": model} | analysis.analyze(extractor, streams, **options)
+    for kind, good in read.items():
+        if not good:
+            raise SketchFusionError(f"{folders[kind]}: not one of its {len(paths[kind])} images can be read")
+        result["kinds"][kind] |= {"folder": str(folders[kind]), "skipped": len(paths[kind]) - len(good)}
+    text = json.dumps(result, indent=2)
+    try:
+        (out / "analysis.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SketchFusionError(f"{out}: cannot be written to: {error.strerror}") from None
+    plots.save(plots.spectra(result), out / "spectrum.png")
+    few = [(kind, path) for kind, good in read.items() for path in analysis.evenly(good, analysis.PICTURES)]
+    pictures = analysis.pictures(extractor, [path for _, path in few], **options)
+    plots.save(plots.components(pictures, [kind for kind, _ in few]), out / "components.png")
+    print(text if as_json else analysis.table(result))
+    if any(kind["skipped"] for kind in result["kinds"].values()):
+        raise typer.Exit(2)
+
+
+@app.command()
+def train(
+    task: Annotated[list[str], typer.Option(help="retrieval, recognition, correspondence, segmentation; repeatable.")],
+    data: Annotated[list[str], typer.Option(help="Data set of each task, or one for all; see docs/data.md.")],
+    root: Annotated[list[Path], typer.Option(help="Folder of each data set.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and what goes on after a kill.")],
+    classes: Annotated[str, typer.Option(help="seen, unseen, all, or a file with a name a line.")] = "all",
+    held_out: Annotated[
+        str, typer.Option(help="To validate on: a share of each set, or classes: unseen, or a file.")
+    ] = "0.1",
+    sketches: Annotated[str | None, typer.Option(help="Segmentation: the set with the sketches.")] = None,
+    sketches_root: Annotated[Path | None, typer.Option(help="Segmentation: its folder.")] = None,
+    model: Model = "mini",
+    fresh: Annotated[bool, typer.Option(help="Begin with untrained adapters and aggregator.")] = False,
+    diffusion: Annotated[
+        str | None, typer.Option(help="With --semantic: build a new model on these backbones instead.")
+    ] = None,
+    semantic: Annotated[str | None, typer.Option(help="See --diffusion.")] = None,
+    images: Annotated[int, typer.Option(help="Images of each task in a batch.")] = 64,
+    level: Annotated[str, typer.Option(help="Retrieval: category or fine.")] = "category",
+    loss: Annotated[str, typer.Option(help="Retrieval: info_nce or triplet.")] = "info_nce",
+    hidden: Annotated[int | None, typer.Option(help="Recognition: hidden width of an MLP head.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
+    lr: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.03,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    accumulate: Annotated[int, typer.Option(help="Batches an optimiser step.")] = 1,
+    views: Annotated[int, typer.Option(help="Views an image: 1 for none but the image as it is.")] = 4,
+    cache: Annotated[Path | None, typer.Option(help="Keep latents and tokens of all views in this folder.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Ablation: adapters or mixing stay as they begin.")] = None,
+    finetune: Annotated[bool, typer.Option(help="B-Finetuning: train UNet and semantic backbone too.")] = False,
+    include_backbones: Annotated[bool, typer.Option(help="Copy the backbones into the checkpoint.")] = False,
+    seed: Annotated[int, typer.Option(help="Of batches, views and heads.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 200,
+    validate_every: Annotated[int, typer.Option(help="Steps; 0 for the end only.")] = 0,
+    as_json: Json = False,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Compute dtype; auto: bfloat16 on CUDA and where a CPU has it.")] = "auto",
+) -> None:
+    """Train adapters, aggregator and heads; the same command again goes on after a kill.
+
+    For several GPUs: accelerate launch -m sketchfusion train …
+    """
+    import logging
+
+    import torch
+
+    from .data import load
+    from .loading import resolve_device
+    from .model import SketchFusion
+    from .training import Settings
+    from .training import train as run
+    from .training.jobs import make_job
+
+    for name, count in {"--data": len(data), "--root": len(root)}.items():
+        if count not in (1, len(task)):
+            raise ConfigError(
+                name, f"is given {count} times for {len(task)} tasks", legal=f"once, or {len(task)} times"
+            )
+    if sketches is not None and sketches_root is None:
+        raise ConfigError("--sketches-root", "is missing", legal="the folder of the set that --sketches names")
+    if (diffusion is None) != (semantic is None):
+        raise ConfigError("--diffusion", "and --semantic go together", legal="both, or neither")
+    settings = Settings(
+        steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, accumulate=accumulate, views=views,
+        seed=seed, checkpoint_every=checkpoint_every, validate_every=validate_every, without=tuple(without or ()),
+        finetune=finetune,
+    )  # fmt: skip
+    sets, parts = data * (len(task) // len(data)), root * (len(task) // len(root))
+    loaded = [load(name, folder, classes=classes) for name, folder in zip(sets, parts, strict=True)]
+    apart: list[Any] = [
+        float(held_out) if is_number(held_out) else load(name, folder, classes=held_out)
+        for name, folder in zip(sets, parts, strict=True)
+    ]
+    drawn = None if sketches is None or sketches_root is None else load(sketches, sketches_root, classes="all")
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    where = resolve_device(device)
+    # float16 would need its gradients scaled; bfloat16 does not.
+    kind = "float32" if finetune else "bfloat16" if dtype == "auto" and where.type == "cuda" else dtype
+    torch.manual_seed(seed)
+    extractor = (
+        SketchFusion.from_pretrained(model, device=where, dtype=kind)
+        if diffusion is None
+        else SketchFusion.from_backbones(diffusion, semantic, device=where, dtype=kind)
+    )
+    if fresh:
+        extractor.reset()
+    jobs = [
+        make_job(
+            name, part, extractor,
+            held_out=kept, sketches=drawn, images=images, level=level, loss=loss, hidden=hidden,
+        )
+        for name, part, kept in zip(task, loaded, apart, strict=True)
+    ]  # fmt: skip
+    figures = run(
+        extractor,
+        [job.task for job in jobs],
+        out,
+        settings,
+        cache=cache,
+        validate=lambda model: {key: value for job in jobs for key, value in job.validate(model).items()},
+        training_data="; ".join(f"{part.name}: {part.split}" for part in loaded),
+        include_backbones=include_backbones,
+    )
+    if as_json:
+        print(json.dumps({"checkpoint": str(out), "metrics": figures}, indent=2))
+    else:
+        for name, value in figures.items():
+            print(f"{name}: {value:.4f}")
+        print(f"checkpoint: {out}")
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@app.command()
+def evaluate(
+    task: Annotated[
+        str, typer.Argument(help="zs-sbir, fg-sbir, recognition, correspondence or segmentation.", metavar="TASK")
+    ],
+    data: Annotated[str, typer.Option(help="Data set: sketchy, tuberlin, …; see docs/data.md.")],
+    root: Annotated[Path, typer.Option(help="Its folder.")],
+    classes: Annotated[str, typer.Option(help="seen, unseen, all, or a file with a name a line.")] = "all",
+    part: Annotated[str | None, typer.Option(help="train, valid or test, where the set has parts.")] = None,
+    model: Model = "mini",
+    rows: Annotated[
+        str | None, typer.Option(help="Comma-separated; other encoders by repository or folder. All built-in ones.")
+    ] = None,
+    convention: Annotated[str | None, typer.Option(help="Retrieval: zse, sake or sem-pcyc.")] = None,
+    gallery: Annotated[str | None, typer.Option(help="fg-sbir: photos of all classes, or of the own class.")] = None,
+    photos: Annotated[str | None, typer.Option(help="zs-sbir: another set with the photos.")] = None,
+    photos_root: Annotated[Path | None, typer.Option(help="zs-sbir: its folder.")] = None,
+    test_root: Annotated[Path | None, typer.Option(help="recognition: fit to all of root, test on this.")] = None,
+    held_out: Annotated[float | None, typer.Option(help="recognition: share to test on, else. 0.2.")] = None,
+    sketches: Annotated[str | None, typer.Option(help="segmentation: the set with the sketches.")] = None,
+    sketches_root: Annotated[Path | None, typer.Option(help="segmentation: its folder.")] = None,
+    queries: Annotated[int | None, typer.Option(help="segmentation: sketches a photo. 1.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many sketches and photos a class.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a forward.")] = None,
+    ensemble: Annotated[int | None, typer.Option(help="Noised copies an image: 1 or even.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the canvas in pixels, a multiple of 8.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a report with figures to this folder.")] = None,
+    as_json: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure the model, its parts and other encoders on a task, beside the paper's rows.
+
+    docs/evaluation.md describes the protocols and rows.
+    """
+    for name, other, folder in (("photos", photos, photos_root), ("sketches", sketches, sketches_root)):
+        if (other is None) != (folder is None):
+            raise ConfigError(f"--{name}", f"and --{name}-root go together", legal="both, or neither")
+
+    from . import evaluation
+    from .evaluation import report as reporting
+
+    if report is not None:
+        reporting.check_directory(report)
+    results = evaluation.evaluate(
+        task, data, root, classes=classes, part=part, model=model, limit=limit, batch_size=batch_size,
+        rows=rows.split(",") if rows else tuple(evaluation.ROWS), ensemble=ensemble, size=size, device=device,
+        dtype=dtype, convention=convention, gallery=gallery, test=test_root, held_out=held_out, queries=queries,
+        photos=photos and (photos, photos_root), sketches=sketches and (sketches, sketches_root),
+    )  # fmt: skip
+    if report is not None:
+        reporting.write(results, report)
+    print(reporting.as_json(results) if as_json else reporting.text(results))

@@ -1,0 +1,45 @@
+"""Segment in a photo what a sketch shows: by a projection of frozen features, or through the adapters.
+
+    python examples/segmentation.py --data voc --root voc --sketches tuberlin --sketches-root tuberlin [--adapters]
+
+Prints mIoU and pAcc of photos and sketches kept apart, a quarter of each. Without --root, images are drawn.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from synthetic import draw_shapes, options
+
+from sketchfusion import Features, SketchFusion
+from sketchfusion.data import load, split
+from sketchfusion.evaluation.protocols import limited
+from sketchfusion.tasks import Sample
+from sketchfusion.tasks.segmentation import Segmentation, mask_iou, pixel_accuracy, predict, similarity
+from sketchfusion.training import Settings, train
+
+args = options(
+    __doc__, data="voc", root="", sketches="tuberlin", sketches_root="", per_class=20, steps=40, adapter_steps=40
+)
+data = load(args.data, args.root) if args.root else draw_shapes()
+if args.sketches_root:
+    data = replace(data, records=data.photos + load(args.sketches, args.sketches_root, classes=data.classes).sketches)
+kept, held_out = (replace(data, records=part) for part in split(limited(data, args.per_class).records, 0.25))
+masks = {photo: torch.from_numpy(photo.read_mask()) for photo in (*kept.photos, *held_out.photos)}
+model = SketchFusion.from_pretrained(args.model)
+task = Segmentation(kept, kept, pairs=8, others=0.1)
+project = torch.nn.Conv2d(model.config.aggregator_width, model.config.aggregator_width, 1, bias=False)
+torch.nn.init.dirac_(project.weight)  # begins with the features as they are
+
+
+def projected(features: Features) -> Features:
+    pooled = project(features.pooled[:, :, None, None])[:, :, 0, 0]
+    return replace(features, dense=project(features.dense), pooled=pooled)
+
+
+def report(when: str, features: Features) -> None:
+    of = dict(zip(held_out.records, features, strict=True))
+    pairs = [(photo, sketch) for photo in masks for sketch in held_out.sketches if photo.label == sketch.label]
+    found = [(predict(similarity(features[sketch].pooled, features[photo])), masks[photo]) for photo, sketch in pairs]
+    for name, metric in (("mIoU", mask_iou), ("pAcc", pixel_accuracy)):
+        print(f"{name} {when}: {np.mean([metric(*both) for both in found]):.4f}")

@@ -1,0 +1,53 @@
+"""A plain folder of classes, for sets of one's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from .layout import Classes, Published, folders, images
+from .records import DataSet, Record
+
+PUBLISHED = Published(
+    name="folder",
+    title="Folder",
+    layout="<class>/<any name>.png, .jpg, .svg or the like, or photo/<class>/... and sketch/<class>/...",
+    source="yourself: docs/data.md describes the layout",
+)
+
+Kind = Literal["photo", "sketch"]
+KINDS: tuple[Kind, ...] = ("photo", "sketch")
+
+
+def scan(root: Path, classes: Classes, part: None) -> DataSet:
+    """Where the root holds a folder `photo` or `sketch`, the classes lie in those two, which say what images are.
+
+    Otherwise they lie in the root itself: SVG files are sketches, all others photos. A sketch named `X-<k>` or `X`
+    was drawn from the photo named `X` of its class, if there is one.
+    """
+    places = {kind: root / kind for kind in KINDS if (root / kind).is_dir()}
+    labels = {label for place in places.values() or (root,) for label in folders(place)}
+    if not labels:
+        raise PUBLISHED.error(root, PUBLISHED.found(root))
+    chosen, words = replace(PUBLISHED, title=f"Folder {root.name}").choose(root, labels, classes)
+    records: list[Record] = []
+    for label in chosen:
+        if places:
+            found = [(kind, place / label / name) for kind, place in places.items() for name in images(place / label)]
+        else:
+            found = sorted((_kind(name), root / label / name) for name in images(root / label))
+        if not found:
+            raise PUBLISHED.error(root, f"the class {label!r} is empty: it has no image")
+        known = {path.stem for kind, path in found if kind == "photo"}
+        for kind, path in found:
+            stem = path.stem
+            if kind == "sketch" and stem not in known:
+                stem = stem.rpartition("-")[0]
+            photo = f"{label}/{stem}" if stem in known else None
+            records.append(Record(str(path), kind, label, photo=photo))
+    return DataSet("folder", chosen, tuple(records), words)
+
+
+def _kind(name: str) -> Kind:
+    return "sketch" if name.lower().endswith(".svg") else "photo"

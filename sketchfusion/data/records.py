@@ -1,0 +1,132 @@
+"""Records: what every loader gives and every task takes."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from ..errors import ImageError, SketchFusionError
+from ..images import open_image
+from ..strokes import Strokes, open_regular
+
+
+class DataError(SketchFusionError):
+    """A folder is not the data set that it should be, or lacks what was asked of it.
+
+    The message says what was expected, what was found, and where the set is obtained.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image of a data set: where it lies and what is known of it.
+
+    Attributes:
+        path: the file.
+        kind: whether a camera or a hand made it.
+        label: its class, spelled as in the set; None where the set has none.
+        row: the byte at which its line begins in an ndjson file, or its row of an npy array; with a mask that shows
+            several things, the value which this one has there.
+        photo: which photo of the set this is, or was drawn from; no two photos share a name, files of one photo do.
+        mask: the file of its mask.
+        points: named key points: name, x and y, in continuous original pixels as in `Features.at`.
+    """
+
+    path: str
+    kind: Literal["photo", "sketch"]
+    label: str | None
+    row: int | None = None
+    photo: str | None = None
+    mask: str | None = None
+    points: tuple[tuple[str, float, float], ...] = ()
+
+    def open(self) -> Image.Image | Strokes:
+        """The image, black on white if it is a sketch; what `encode` takes.
+
+        Raises:
+            ImageError: it cannot be read; the source is the file.
+        """
+        kind = os.path.splitext(self.path)[1]
+        if self.row is not None and kind == ".ndjson":
+            return self._open_line(self.row)
+        if self.row is not None and kind == ".npy":
+            return self._open_bitmap(self.row)
+        return open_image(self.path)
+
+    def _open_line(self, byte: int) -> Strokes:
+        with open_regular(self.path) as file:
+            file.seek(byte)
+            line = file.readline()
+        try:
+            return Strokes.from_quickdraw(line)
+        except ImageError as error:
+            raise ImageError(f"the line at byte {byte}: {error.problem}", source=self.path) from None
+
+    def _open_bitmap(self, row: int) -> Image.Image | Strokes:
+        try:
+            bitmap = np.load(self.path, mmap_mode="r")[row].reshape(28, 28)
+        except (OSError, ValueError, EOFError, IndexError) as error:  # not such an array, or cut off
+            raise ImageError(f"row {row}: {error}", source=self.path) from None
+        return open_image(255 - bitmap)  # published as white ink on black
+
+    def read_mask(self) -> np.ndarray:
+        """Where the thing is: bool (H, W), the pixels that have the value `row`, or any but 0 where that is None.
+
+        Raises:
+            ImageError: it has no mask, or that cannot be read; the source is the mask's file.
+        """
+        if self.mask is None:
+            raise ImageError("it has no mask", source=self.path)
+        with open_regular(self.mask) as file:
+            try:
+                with Image.open(file) as image:
+                    values = np.asarray(image if image.mode in ("1", "L", "P") else image.convert("L"))
+            except Exception as error:  # decoders raise anything over a damaged file
+                problem = f"the mask cannot be decoded: {type(error).__name__}"
+                raise ImageError(problem, source=self.mask) from None
+        return values != 0 if self.row is None else values == self.row
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The records of a data set, those of the chosen classes. Picklable; holds no image.
+
+    Attributes:
+        name: which set, of `sketchfusion.data.NAMES`.
+        classes: the chosen classes that are there, sorted.
+        records: ordered by class, then photos before sketches, then by name.
+        split: which part of which set, in words: "Sketchy 104/21, unseen (3 of 21 classes found)".
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    records: tuple[Record, ...]
+    split: str
+
+    @property
+    def photos(self) -> tuple[Record, ...]:
+        return tuple(record for record in self.records if record.kind == "photo")
+
+    @property
+    def sketches(self) -> tuple[Record, ...]:
+        return tuple(record for record in self.records if record.kind == "sketch")
+
+    def pairs(self) -> list[tuple[Record, Record, tuple[str, ...]]]:
+        """Every sketch with its photo and the names of the key points that both have, where there are any."""
+        photos = defaultdict(list)
+        for record in self.photos:
+            if record.photo is not None:
+                photos[record.photo].append(record)
+        found = []
+        for sketch in self.sketches:
+            for photo in photos.get(sketch.photo or "", ()):
+                there = {name for name, _, _ in photo.points}
+                names = tuple(name for name, _, _ in sketch.points if name in there)
+                if names:
+                    found.append((sketch, photo, names))
+        return found

@@ -1,0 +1,467 @@
+"""The five protocols: what is encoded, what is compared with what, and what comes out for every row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..data import DataError, DataSet, Record, split
+from ..errors import ConfigError, SketchFusionError
+from ..features import Features
+from ..tasks.correspondence import match, pck
+from ..tasks.recognition import accuracy, fit_linear
+from ..tasks.retrieval import CONVENTIONS, TIES, rank_metrics, search
+from ..tasks.segmentation import THRESHOLD, mask_iou, pixel_accuracy, predict, similarity
+from .rows import Extractor
+
+Item = TypeVar("Item")
+SAME_POSITION, WHOLE_PHOTO = "same-position", "whole-photo"  # answers without looking
+THRESHOLDS = torch.arange(-1000, 1001) / 1000  # of the cosine, among which the best in hindsight is looked for
+SHOWN = 8  # queries kept for a report, and photos for each
+
+
+class Example(NamedTuple):
+    """A query and the first that it found, each with whether it is relevant."""
+
+    query: Record
+    found: tuple[tuple[Record, bool], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one row reached.
+
+    Attributes:
+        task: the protocol.
+        row: the extractor, see `ROWS`.
+        data, split: the set, and which part of it, in words.
+        model: what the model is called.
+        figures: counts, settings and metrics by name; shares are 0 to 1.
+        ties: the rule for equal similarities, where something is ranked.
+        examples: some queries and what they found, where something is retrieved.
+    """
+
+    task: str
+    row: str
+    data: str
+    split: str
+    model: str
+    figures: dict[str, Any]
+    ties: str | None = None
+    examples: tuple[Example, ...] = dataclasses.field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat object for JSON, without the examples."""
+        named = {name: getattr(self, name) for name in ("row", "task", "data", "split", "model")}
+        return named | self.figures | ({} if self.ties is None else {"ties": self.ties})
+
+
+# ---- retrieval
+
+
+class Side(NamedTuple):
+    """The queries of one row, or its gallery."""
+
+    records: Sequence[Record]
+    ids: list[str]  # what has the same one is relevant
+    vectors: Tensor  # (N, D)
+
+    def of(self, label: str | None) -> Side:
+        """Those of one class."""
+        rows = [i for i, record in enumerate(self.records) if record.label == label]
+        return Side([self.records[i] for i in rows], [self.ids[i] for i in rows], self.vectors[rows])
+
+
+def zs_sbir(
+    extractor: Extractor, data: DataSet, *, photos: DataSet | None = None, convention: str = CONVENTIONS[0]
+) -> list[Result]:
+    """Category-level retrieval: every sketch against all photos, of which those of its class are relevant.
+
+    It is zero-shot where the model was trained on other classes.
+
+    Args:
+        extractor: the rows.
+        data: sketches, and photos unless `photos` has them.
+        photos: another set, with photos of the same classes.
+        convention: of the metrics, see `rank_metrics`.
+
+    Raises:
+        ConfigError: no such convention.
+        DataError: a class lacks sketches or photos.
+        ImageError: an image cannot be read.
+    """
+    gallery = data if photos is None else photos
+    if photos is not None:
+        data = dataclasses.replace(data, split=f"{data.split}, photos from {photos.split}")
+    return _retrieval("zs-sbir", extractor, data, gallery.photos, lambda record: str(record.label), ranked, convention)
+
+
+def fg_sbir(
+    extractor: Extractor, data: DataSet, *, gallery: str = "all", convention: str = CONVENTIONS[0]
+) -> list[Result]:
+    """Fine-grained retrieval: a sketch against photos, of which the one that it was drawn from is relevant.
+
+    Args:
+        extractor: the rows.
+        data: sketches that name their photos, and the photos.
+        gallery: `"all"` photos of the chosen classes, or those of the sketch's own `"class"`, which is easier.
+        convention: of the metrics, see `rank_metrics`.
+
+    Raises:
+        ConfigError: no such convention or gallery.
+        DataError: a class lacks sketches or photos, or a sketch its photo.
+        ImageError: an image cannot be read.
+    """
+    if gallery not in GALLERIES:
+        raise ConfigError("gallery", f"is {gallery!r}", legal=", ".join(GALLERIES))
+    shown = {record.photo for record in data.photos}
+    lost = [record.path for record in data.sketches if record.photo is None or record.photo not in shown]
+    if lost:
+        raise DataError(
+            f"{data.name} ({data.split}): {len(lost)} of {len(data.sketches)} sketches, such as {lost[0]}, lack the "
+            "photo that they were drawn from, and fine-grained retrieval is about that"
+        )
+    measure = GALLERIES[gallery]
+    return _retrieval("fg-sbir", extractor, data, data.photos, lambda record: str(record.photo), measure, convention)
+
+
+def ranked(queries: Side, gallery: Side, convention: str) -> dict[str, Any]:
+    """The metrics of all queries against the whole gallery."""
+    return rank_metrics(queries.vectors, gallery.vectors, queries.ids, gallery.ids, convention=convention)
+
+
+def ranked_within_classes(queries: Side, gallery: Side, convention: str) -> dict[str, Any]:
+    """The same with only a query's own class for its gallery; `gallery` counts the photos of all classes."""
+    total: dict[str, Any] = {}
+    for label in dict.fromkeys(record.label for record in queries.records):
+        ours = queries.of(label)
+        figures = ranked(ours, gallery.of(label), convention)
+        # A class counts by what its own mean is over: queries, or in SAKE's convention ids.
+        share = len(set(ours.ids)) / len(set(queries.ids)) if convention == "sake" else len(ours.ids) / len(queries.ids)
+        for name, value in figures.items():
+            total[name] = total.get(name, 0.0) + share * value if isinstance(value, float) else value
+    return total | {"queries": len(queries.ids), "gallery": len(gallery.ids), "gallery_of": "class"}
+
+
+GALLERIES = {"all": ranked, "class": ranked_within_classes}
+
+
+def _retrieval(
+    task: str,
+    extractor: Extractor,
+    data: DataSet,
+    photos: Sequence[Record],
+    id_of: Callable[[Record], str],
+    measure: Callable[[Side, Side, str], dict[str, Any]],
+    convention: str,
+) -> list[Result]:
+    if convention not in CONVENTIONS:  # said before anything is encoded
+        raise ConfigError("convention", f"is {convention!r}", legal=", ".join(CONVENTIONS))
+    sketches = data.sketches
+    _check_classes(data, {"sketches": sketches, "photos": photos})
+    query_ids, gallery_ids = ([id_of(record) for record in records] for records in (sketches, photos))
+    results = []
+    for row, vectors in _pooled(extractor, [*sketches, *photos]).items():
+        vectors = vectors.to(extractor.model.device)
+        queries = Side(sketches, query_ids, vectors[: len(sketches)])
+        gallery = Side(photos, gallery_ids, vectors[len(sketches) :])
+        figures = measure(queries, gallery, convention)
+        results.append(_result(task, row, extractor, data, figures, TIES, _examples(queries, gallery)))
+    return results
+
+
+def _examples(queries: Side, gallery: Side) -> tuple[Example, ...]:
+    """A few queries, evenly spaced over the set, and the first photos that each found."""
+    chosen = spaced(range(len(queries.records)), SHOWN)
+    _, found = search(queries.vectors[chosen], gallery.vectors, SHOWN)
+    return tuple(
+        Example(queries.records[i], tuple((gallery.records[j], gallery.ids[j] == queries.ids[i]) for j in rows))
+        for i, rows in zip(chosen, found.tolist(), strict=True)
+    )
+
+
+# ---- recognition
+
+
+def recognition(
+    extractor: Extractor, data: DataSet, *, test: DataSet | None = None, held_out: float = 0.2
+) -> list[Result]:
+    """Linear probe: a linear head on the pooled features, fitted to some sketches, names the class of others.
+
+    The features stay as they are, and every row gets a head of its own.
+
+    Args:
+        extractor: the rows.
+        data: labelled sketches.
+        test: the sketches to test on, where all of `data` is fitted to.
+        held_out: without `test`, the share of each class that is tested on, always the same sketches.
+
+    Raises:
+        ConfigError: `held_out` is no share.
+        DataError: fewer than two classes to fit to, nothing to test on, or classes that are only tested on.
+        ImageError: an image cannot be read.
+    """
+    if not 0 < held_out < 1:
+        raise ConfigError("held_out", f"is {held_out}", legal="a share between 0 and 1")
+    if test is None:
+        fitted, tested = split(data.sketches, held_out)
+    else:
+        fitted, tested = data.sketches, test.sketches
+        data = dataclasses.replace(data, split=f"all of {data.split}; tested on {test.split} of another root or part")
+    classes = sorted({str(record.label) for record in fitted})
+    foreign = sorted({str(record.label) for record in tested} - set(classes))
+    if len(classes) < 2 or not tested or foreign:
+        raise DataError(
+            f"{data.name} ({data.split}): {len(fitted)} sketches of {len(classes)} classes to fit to, {len(tested)} to "
+            "test on"
+            + (f", of classes that are only there: {_listed(foreign)}" if foreign else "")
+            + "; recognition needs two classes or more, and tests on those that it has fitted to"
+        )
+    index = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([index[str(record.label)] for record in (*fitted, *tested)])
+    count = len(fitted)
+    results = []
+    for row, vectors in _pooled(extractor, [*fitted, *tested]).items():
+        vectors, labels = vectors.to(extractor.model.device), labels.to(extractor.model.device)
+        head = fit_linear(vectors[:count], labels[:count], len(classes))
+        acc_1 = accuracy(head(vectors[count:]), labels[count:])
+        figures = {"train": count, "test": len(tested), "classes": len(classes), "acc_1": acc_1}
+        results.append(_result("recognition", row, extractor, data, figures))
+    return results
+
+
+# ---- correspondence
+
+
+def correspondence(extractor: Extractor, data: DataSet) -> list[Result]:
+    """Key points of a sketch are looked for in the photo that it was drawn from.
+
+    PCK@a is the share of all points that are found within a % of the photo's longer side (PSC6K: of 256 px). The row
+    `same-position` looks at nothing: its answer is the same relative position in the photo.
+
+    Args:
+        extractor: the rows.
+        data: a set with pairs.
+
+    Raises:
+        DataError: there are no pairs, or a key point lies outside of its image.
+        ImageError: an image cannot be read.
+    """
+    drawn: dict[Record, list[tuple[Record, tuple[str, ...]]]] = defaultdict(list)
+    for sketch, photo, names in data.pairs():
+        drawn[photo].append((sketch, names))
+    if not drawn:
+        raise DataError(
+            f"{data.name} ({data.split}): no sketch has a key point in common with the photo that it was drawn from"
+        )
+    # Photo by photo, each followed by its sketches: of a row's photos only one has to be kept.
+    queue: list[tuple[Record, Record, tuple[str, ...]]] = []
+    for photo, sketches in drawn.items():
+        queue += [(photo, photo, ()), *((sketch, photo, names) for sketch, names in sketches)]
+    hits: dict[str, list[Tensor]] = {row: [] for row in (*extractor.rows, SAME_POSITION)}
+    targets: dict[str, Features] = {}
+    for start, row, batch in extractor.stream([record for record, _, _ in queue]):
+        for (record, photo, names), features in zip(queue[start : start + len(batch)], batch, strict=True):
+            if record is photo:
+                targets[row] = dataclasses.replace(features, dense=features.dense.clone())  # it was a view of the batch
+                continue
+            points, truth = _positions(record, names), _positions(photo, names)
+            try:
+                found = match(features, targets[row], points).cpu()
+            except SketchFusionError as error:
+                raise DataError(f"{record.path}: its key points do not fit: {error}") from error
+            source, target = (torch.tensor(one.geometry[:2]) for one in (features, targets[row]))  # width and height
+            side = 256.0 if data.name == "psc6k" else float(target.max())
+            hits[row].append(_hits(found, truth, side))
+            if row == extractor.rows[0]:
+                hits[SAME_POSITION].append(_hits(points / source * target, truth, side))
+    results = []
+    for row, parts in hits.items():
+        within = torch.cat(parts).double().mean(0).tolist()
+        figures = {"pairs": len(parts), "points": sum(len(part) for part in parts)}
+        figures |= dict(zip(("pck_5", "pck_10"), within, strict=True))
+        results.append(_result("correspondence", row, extractor, data, figures))
+    return results
+
+
+def _positions(record: Record, names: tuple[str, ...]) -> Tensor:
+    """(P, 2) in original pixels, in the order of the names."""
+    named = {name: (x, y) for name, x, y in record.points}
+    return torch.tensor([named[name] for name in names])
+
+
+def _hits(found: Tensor, truth: Tensor, side: float) -> Tensor:
+    """(P, 2): which points count for PCK@5, and which for PCK@10."""
+    return torch.stack([pck(found, truth, side, alpha) for alpha in (0.05, 0.10)], 1)
+
+
+# ---- segmentation
+
+
+def segmentation(extractor: Extractor, data: DataSet, sketches: DataSet, *, queries: int = 1) -> list[Result]:
+    """A sketch of a photo's class is looked for in the photo: the mask is where the cosine exceeds 0.47.
+
+    `miou_best` is the mIoU at the one threshold that suits the row best on this very set: an upper bound, no result.
+    It is there because the cosines of different extractors keep to different ranges. The row `whole-photo` looks at
+    nothing: its mask is everything.
+
+    Args:
+        extractor: the rows.
+        data: photos with masks.
+        sketches: a set with sketches of the same classes.
+        queries: sketches that are looked for in each photo, one after the other, always the same ones.
+
+    Raises:
+        ConfigError: `queries` is below 1.
+        DataError: there are no photos with masks, a class has no sketches, or a mask does not fit its photo.
+        ImageError: an image or a mask cannot be read.
+    """
+    if queries < 1:
+        raise ConfigError("queries", f"is {queries}", legal="an integer from 1 up")
+    photos = [record for record in data.photos if record.mask is not None]
+    labels = {record.label for record in photos}
+    drawings = [record for record in sketches.sketches if record.label in labels]
+    data = dataclasses.replace(data, split=f"{data.split}, sketches from {sketches.split}")
+    _check_classes(data, {"photos with masks": photos, "sketches": drawings})
+    asked = _in_turn(photos, drawings, queries)
+    used = list(dict.fromkeys(sketch for few in asked for sketch in few))
+    number = {sketch: i for i, sketch in enumerate(used)}
+    vectors = _pooled(extractor, used)
+    rows = (*extractor.rows, WHOLE_PHOTO)
+    scores: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}  # a photo's IoU and pAcc
+    curves: dict[str, list[Tensor]] = {row: [] for row in rows}  # and its IoU at each of THRESHOLDS
+    for start, row, batch in extractor.stream(photos):
+        for i, features in enumerate(batch, start):
+            truth = torch.from_numpy(photos[i].read_mask())
+            if truth.shape != (features.geometry.height, features.geometry.width):
+                raise DataError(
+                    f"the mask {photos[i].mask} is {truth.shape[1]} x {truth.shape[0]} and its photo {photos[i].path} "
+                    f"{features.geometry.width} x {features.geometry.height}"
+                )
+            maps = [similarity(vectors[row][number[one]].to(features.dense.device), features).cpu() for one in asked[i]]
+            masks = [predict(cosines) for cosines in maps]
+            scores[row].append(
+                (fmean(mask_iou(mask, truth) for mask in masks), fmean(pixel_accuracy(mask, truth) for mask in masks))
+            )
+            curves[row].append(torch.stack([_ious(cosines, truth) for cosines in maps]).mean(0))
+            if row == extractor.rows[0]:
+                everything = torch.ones_like(truth)
+                scores[WHOLE_PHOTO].append((mask_iou(everything, truth), pixel_accuracy(everything, truth)))
+                curves[WHOLE_PHOTO].append(_ious(everything.float(), truth))
+    results = []
+    for row in rows:
+        ious, accuracies = zip(*scores[row], strict=True)
+        by_class = defaultdict(list)
+        for photo, iou in zip(photos, ious, strict=True):
+            by_class[str(photo.label)].append(iou)
+        best, at = torch.stack(curves[row]).mean(0).max(0)
+        figures = {
+            "photos": len(photos),
+            "sketches": len(used),
+            "queries": queries * len(photos),
+            "threshold": THRESHOLD,
+            "miou": fmean(ious),
+            "pacc": fmean(accuracies),
+            "miou_best": float(best),
+            "threshold_best": round(float(THRESHOLDS[at]), 3),
+            "miou_by_class": {label: fmean(values) for label, values in sorted(by_class.items())},
+        }
+        results.append(_result("segmentation", row, extractor, data, figures))
+    return results
+
+
+def _in_turn(photos: Sequence[Record], sketches: Sequence[Record], queries: int) -> list[list[Record]]:
+    """The sketches of each photo: a class's sketches take turns over its photos."""
+    drawn = defaultdict(list)
+    for sketch in sketches:
+        drawn[sketch.label].append(sketch)
+    turn: dict[str | None, int] = defaultdict(int)
+    chosen = []
+    for photo in photos:
+        ours, first = drawn[photo.label], turn[photo.label]
+        chosen.append([ours[(first + k) % len(ours)] for k in range(queries)])
+        turn[photo.label] += queries
+    return chosen
+
+
+def _ious(cosines: Tensor, truth: Tensor) -> Tensor:
+    """IoU of `cosines > threshold` with a mask, for all THRESHOLDS at once; 1 where both are empty."""
+    below = torch.searchsorted(THRESHOLDS, cosines)  # how many thresholds a pixel exceeds
+
+    def exceeding(part: Tensor) -> Tensor:
+        return torch.bincount(part, minlength=len(THRESHOLDS) + 1).flip(0).cumsum(0).flip(0)[1:]
+
+    both, predicted = exceeding(below[truth]), exceeding(below.flatten())
+    either = predicted + truth.sum() - both
+    return (both / either.clamp(min=1)).where(either > 0, 1.0)
+
+
+# ---- shared
+
+
+def limited(data: DataSet, count: int) -> DataSet:
+    """At most `count` sketches and `count` photos of each class, evenly spaced, always the same ones.
+
+    The photos that the sketches were drawn from come first.
+    """
+    if count < 1:
+        raise ConfigError("limit", f"is {count}", legal="an integer from 1 up")
+    groups: dict[str | None, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
+    for record in data.records:
+        groups[record.label][record.kind == "photo"].append(record)
+    kept: set[Record] = set()
+    for drawings, photos in groups.values():
+        sketches = spaced(drawings, count)
+        named = {record.photo for record in sketches} - {None}
+        drawn = [record for record in photos if record.photo in named][:count]
+        others = [record for record in photos if record.photo not in named]
+        kept.update(sketches, drawn, spaced(others, count - len(drawn)))
+    records = tuple(record for record in data.records if record in kept)
+    return dataclasses.replace(data, records=records, split=f"{data.split}, at most {count} a class and kind")
+
+
+def spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items, evenly spaced, or all where there are no more."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _pooled(extractor: Extractor, records: Sequence[Record]) -> dict[str, Tensor]:
+    """Each row's pooled features (N, D), in host memory."""
+    parts: dict[str, list[Tensor]] = {row: [] for row in extractor.rows}
+    for _, row, features in extractor.stream(records):
+        parts[row].append(features.pooled.cpu())
+    return {row: torch.cat(part) for row, part in parts.items()}
+
+
+def _check_classes(data: DataSet, sides: dict[str, Sequence[Record]]) -> None:
+    """Raise a DataError unless there is something on every side, of the same classes."""
+    labels = {name: {record.label for record in records} for name, records in sides.items()}
+    everything = set().union(*labels.values())
+    for name, found in labels.items():
+        if not found:
+            raise DataError(f"{data.name} ({data.split}) has no {name}")
+        if lacking := everything - found:
+            raise DataError(f"{data.name} ({data.split}) has no {name} of {_listed(sorted(map(str, lacking)))}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _result(
+    task: str,
+    row: str,
+    extractor: Extractor,
+    data: DataSet,
+    figures: dict[str, Any],
+    ties: str | None = None,
+    examples: tuple[Example, ...] = (),
+) -> Result:
+    return Result(task, row, data.name, data.split, extractor.source, figures, ties, examples)

@@ -1,0 +1,248 @@
+"""The rows that are compared: the model, its parts, the model with something taken away, and other encoders.
+
+All of them are computed from one trained model: what a row leaves out is left out at test time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..backbones import semantic
+from ..backbones.diffusion import block_widths
+from ..backbones.semantic import SemanticBackbone
+from ..config import check_ensemble
+from ..data import Record
+from ..errors import ConfigError, LoadError, SketchFusionError
+from ..features import Features
+from ..fusion.aggregation import max_pool
+from ..fusion.injection import Adapters
+from ..images import Geometry, ImageInput, Preprocess, collate
+from ..loading import MARKERS, Access, find_origin
+from ..model import SketchFusion
+
+ROWS = {  # the built-in ones, in words
+    "semantic": "semantic backbone alone: its patch tokens",
+    "diffusion": "diffusion backbone alone: its tapped maps side by side, nothing injected",
+    "semantic+diffusion": "both backbones side by side, nothing injected or learned",
+    "without-adapters": "nothing injected, learned aggregation",
+    "without-aggregation": "injection, its tapped maps side by side",
+    "without-mixing": "the model, its taps mixed in equal parts",
+    "fused": "the model",
+}
+INJECTED = {"without-aggregation", "without-mixing", "fused"}  # need the UNet's pass with injection
+BARE = {"diffusion", "semantic+diffusion", "without-adapters"}  # and the one without
+
+
+class Extractor:
+    """Features of images by several rows at once, which share the work that they have in common.
+
+    A batch passes once through the VAE and the semantic backbone, and once through the UNet with injection and once
+    without, however many rows there are. The model is used, and left as it was.
+
+    Rows with the learned aggregation pool by max, as the model does. To the others nobody taught what a maximum
+    means: they pool by the mean of the cells that lie on the image.
+
+    Args:
+        model: the trained model.
+        rows: names out of `ROWS`, and other encoders: Hub repositories (`owner/name`) or folders in transformers'
+            layout, each with the normalisation that it was published with.
+        batch_size, ensemble, size, progress: as for `SketchFusion.encode`.
+        source: what the model is called in results.
+
+    Raises:
+        ConfigError: a row or another argument is unknown or illegal.
+        LoadError: an encoder cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: SketchFusion,
+        rows: Sequence[str] = tuple(ROWS),
+        *,
+        batch_size: int | None = None,
+        ensemble: int | None = None,
+        size: int | None = None,
+        progress: bool | None = None,
+        source: str = "",
+    ):
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError("batch_size", f"is {batch_size}", legal="an integer from 1 up")
+        if ensemble is not None:
+            check_ensemble(ensemble)
+        if not rows or len(set(rows)) != len(rows):
+            raise ConfigError("rows", f"is {', '.join(rows) or 'empty'}", legal="one name or more, each once")
+        for row in rows:
+            if row not in ROWS and "/" not in row and not Path(row).is_dir():
+                legal = f"{', '.join(ROWS)}, and encoders: a Hub repository (owner/name) or a folder"
+                raise ConfigError("rows", f"there is no row {row!r}", legal=legal)
+        self.model, self.rows, self.source = model, tuple(rows), source
+        self.ensemble, self.progress = ensemble, progress
+        self.batch_size = batch_size or (32 if model.device.type == "cuda" else 8)
+        self.preprocess = model.preprocess if size is None else Preprocess(size)
+        self._encoders = {row: load_encoder(row, model.device, model.dtype) for row in rows if row not in ROWS}
+        widths = block_widths(model.diffusion.unet)
+        # Adapters start at zero, which injects nothing.
+        self._silent = Adapters(model.semantic.width, {site: widths[site] for site in model.config.sites})
+        self._silent.to(model.device)
+        self._unmixed = copy.deepcopy(model.aggregator)
+        nn.init.zeros_(self._unmixed.mixing_weights)  # equal after the softmax
+
+    def stream(self, images: Sequence[Record | ImageInput], unit: str = "image") -> Iterator[tuple[int, str, Features]]:
+        """Every row's features of one batch after the other: (position of the batch's first image, row, features).
+
+        The features are on the model's device, float32: pooled (n, D), dense (n, D, g, g), with D and g of the row.
+        A row's are computed when they are asked for: let go of dense maps before the next.
+
+        Args:
+            images: records of a data set, or anything that `encode` takes.
+            unit: what one of them is called on the progress bar.
+
+        Raises:
+            ImageError: an image cannot be read; its source is the file.
+            SketchFusionError: the features overflowed the compute dtype, or the GPU's memory is too small.
+        """
+        size = self.batch_size
+        # By default only where somebody looks (tqdm's None), and only if it takes a while.
+        disable, delay = (None, 2) if self.progress is None else (not self.progress, 0)
+        with (
+            tqdm(total=len(images), desc="evaluate", unit=unit, disable=disable, delay=delay) as bar,
+            ThreadPoolExecutor(2) as readers,
+        ):
+            ahead = readers.map(self._read, images[:size])
+            for start in range(0, len(images), size):
+                pixels, geometries = zip(*ahead, strict=True)
+                ahead = readers.map(self._read, images[start + size : start + 2 * size])  # while this one is computed
+                batch = torch.stack(pixels)
+                for row, features in self.extract(batch, collate(geometries)):
+                    yield start, row, features
+                bar.update(len(batch))
+
+    def _read(self, image: Record | ImageInput) -> tuple[Tensor, Geometry]:
+        return self.preprocess(image.open() if isinstance(image, Record) else image)
+
+    @torch.no_grad()
+    def extract(self, pixels: Tensor, geometry: Geometry) -> Iterator[tuple[str, Features]]:
+        """Every row's features of one batch, in the order of the rows.
+
+        Args:
+            pixels: (N, 3, S, S) in [0, 1], from `preprocess`.
+            geometry: of the N images, (N,) tensors.
+        """
+        model, wanted = self.model, set(self.rows)
+        try:
+            if wanted & (INJECTED | BARE):
+                latents, tokens = model.embed(pixels)
+            elif "semantic" in wanted:
+                tokens = model.semantic(pixels.to(model.device))
+            if wanted & INJECTED:
+                fused, injected = self._fuse(latents, tokens, geometry, model.adapters)
+            if wanted & BARE:
+                unadapted, bare = self._fuse(latents, tokens, geometry, self._silent)
+            for row in self.rows:
+                match row:
+                    case "semantic":
+                        features = mean_pooled(tokens.float(), geometry)
+                    case "diffusion":
+                        features = mean_pooled(self._side_by_side(bare), geometry)
+                    case "semantic+diffusion":
+                        features = mean_pooled(self._side_by_side(bare, tokens), geometry)
+                    case "without-adapters":
+                        features = unadapted
+                    case "without-aggregation":
+                        features = mean_pooled(self._side_by_side(injected), geometry)
+                    case "without-mixing":
+                        dense = self._unmixed(injected)
+                        mask = geometry.mask(model.config.aggregator_grid).to(dense.device)
+                        features = Features(max_pool(dense, mask).float(), dense.float(), geometry)
+                    case "fused":
+                        features = fused
+                    case _:
+                        features = mean_pooled(self._encoders[row](pixels.to(model.device)).float(), geometry)
+                if not features.dense.isfinite().all():
+                    raise SketchFusionError(
+                        f"the features of {row} are not finite: {model.dtype} overflowed; use bfloat16 or float32"
+                    )
+                yield row, features
+        except torch.OutOfMemoryError as error:
+            raise SketchFusionError(
+                f"out of memory on {model.device} for {len(pixels)} images of {pixels.shape[-1]} px and these rows: "
+                "use a smaller batch size, or fewer rows at once"
+            ) from error
+
+    def _fuse(
+        self, latents: Tensor, tokens: Tensor, geometry: Geometry, adapters: Adapters
+    ) -> tuple[Features, Mapping[str, Tensor]]:
+        """The model's features with these adapters, and what its aggregator was given."""
+        seen: list[Mapping[str, Tensor]] = []
+        watch = self.model.aggregator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            with in_place_of(self.model, adapters):
+                features = self.model.fuse(latents, tokens, geometry, ensemble=self.ensemble)
+        finally:
+            watch.remove()
+        return features, seen[0]
+
+    def _side_by_side(self, maps: Mapping[str, Tensor], tokens: Tensor | None = None) -> Tensor:
+        """Tapped maps on the dense grid, each cell of L2 norm 1, concatenated: (N, sum of widths, g, g).
+
+        With tokens they are one half, and the tokens the other: each cell's halves are of norm 1.
+        """
+        grid = self.model.config.aggregator_grid
+        taps = torch.cat([unit_cells(maps[tap], grid) for tap in self.model.config.taps], 1)
+        return taps if tokens is None else torch.cat([unit_cells(tokens, grid), F.normalize(taps, dim=1)], 1)
+
+
+@contextmanager
+def in_place_of(model: SketchFusion, adapters: Adapters) -> Iterator[None]:
+    """The model with other adapters, for as long as the context lasts."""
+    own = model.adapters
+    model.adapters = adapters
+    try:
+        yield
+    finally:
+        model.adapters = own
+
+
+def unit_cells(maps: Tensor, grid: int) -> Tensor:
+    """(N, C, h, w) -> (N, C, grid, grid), float32, every cell scaled to L2 norm 1."""
+    resized = F.interpolate(maps.float(), size=(grid, grid), mode="bilinear", align_corners=False)
+    return F.normalize(resized, dim=1)
+
+
+def mean_pooled(dense: Tensor, geometry: Geometry) -> Features:
+    """Features of a dense map (N, D, g, g), pooled by the mean of the cells that lie on the image."""
+    mask = geometry.mask(dense.shape[-1]).to(dense.device)[:, None]
+    pooled = dense.where(mask, 0).sum((2, 3)) / mask.sum((2, 3))
+    return Features(pooled, dense, geometry)
+
+
+def load_encoder(source: str, device: torch.device, dtype: torch.dtype) -> SemanticBackbone:
+    """A vision transformer that transformers knows, seeing what it was published to see.
+
+    Args:
+        source: a folder in transformers' layout, or a Hub repository.
+
+    Raises:
+        LoadError: it cannot be loaded, or does not say its normalisation or the size of its images.
+    """
+    origin = find_origin(source, None, Access(None, None, False), MARKERS["semantic"])
+    network = semantic.load(origin, dtype)
+    normalisation = semantic.published_normalisation(origin)
+    size = getattr(network.config, "image_size", None)
+    if normalisation is None or not isinstance(size, int):
+        missing = f"the size of its images in {MARKERS['semantic']}"
+        if normalisation is None:
+            missing = f"{semantic.PREPROCESSOR}, which tells its normalisation"
+        raise LoadError(f"{source} lacks {missing}: the row would mean nothing")
+    whole = size // network.config.patch_size * network.config.patch_size  # some have a rest that no patch covers
+    mean, std = normalisation
+    return SemanticBackbone(network, image_size=whole, mean=mean, std=std).to(device)
