@@ -1,8 +1,8 @@
-"""Find points of a sketch in its photo: by a projection of frozen dense features, or through the adapters.
+"""Find points of a sketch in its photo: by a projection of frozen features, or through the adapters.
 
     python examples/correspondence.py --data shoes --root shoes [--adapters]
 
-Prints PCK@10 on a quarter of the photos, kept apart with their sketches. Without --root, images are drawn.
+Prints PCK@10 of a quarter of the photos, kept apart with their sketches. Without --root, images are drawn.
 """
 
 from dataclasses import replace
@@ -17,34 +17,33 @@ from sketchfusion.tasks.correspondence import Correspondence, match, pck
 from sketchfusion.tasks.retrieval import info_nce
 from sketchfusion.training import Settings, train
 
-args = options(__doc__, data="shoes", root="", per_class=150, steps=100, adapter_steps=40, model="mini", out="matching")
+args = options(__doc__, data="shoes", per_class=150, steps=40)
 data = limited(load(args.data, args.root) if args.root else draw_shapes(), args.per_class)
-kept, held_out = (replace(data, records=records) for records in split(data.records, 0.25))
+kept, held_out = (replace(data, records=part) for part in split(data.records, 0.25))
 model = SketchFusion.from_pretrained(args.model)
 
 
 def encoded(part: DataSet) -> tuple[Features, list[torch.Tensor]]:
-    """Features of a sketch, its photo, the next sketch and so on, and (P, 2) each, the key points that both have."""
+    """Of a sketch, its photo, the next sketch and so on: features, and the key points (P, 2) that both have."""
     shown = [(record, names) for *pair, names in part.pairs() for record in pair]
     points = [[(x, y) for name, x, y in sorted(record.points) if name in names] for record, names in shown]
     return model.encode(record.open() for record, _ in shown), [torch.tensor(places) for places in points]
 
 
-def pck_10(features: Features, points: list[torch.Tensor]) -> float:
+def report(when: str, features: Features, points: list[torch.Tensor]) -> None:
     hits = []
     for i in range(0, len(points), 2):
         found, side = match(features[i], features[i + 1], points[i]), max(features[i + 1].geometry[:2])
-        hits.append(pck(found, points[i + 1], side, 0.10))
-    return torch.cat(hits).double().mean().item()
+        hits.append(pck(found, points[i + 1], side, alpha=0.10))
+    print(f"PCK@10 {when}: {torch.cat(hits).double().mean():.4f} ({len(hits)} pairs)")
 
 
 features, points = encoded(held_out)
-print(f"{data.split}: {len(held_out.pairs())} pairs to test on, {len(kept.pairs())} others")
-print(f"PCK@10 before: {pck_10(features, points):.4f}")
+report("before", features, points)
 if args.adapters:
-    train(model, Correspondence(kept, pairs=8), args.out, Settings(steps=args.adapter_steps, lr=3e-4))
-    print(f"PCK@10 through the adapters: {pck_10(*encoded(held_out)):.4f}")
-else:  # a projection commutes with interpolation: to train it, the features at the points are enough
+    train(model, Correspondence(kept, pairs=8), args.out, Settings(steps=args.steps, lr=3e-4))
+    report("through the adapters", *encoded(held_out))
+else:  # a projection commutes with interpolation, so the features at the points are enough to train it
     at = [image.at(places) for image, places in zip(*encoded(kept), strict=True)]
     sketches, photos = torch.cat(at[::2]), torch.cat(at[1::2])
     project = torch.nn.Linear(sketches.shape[1], sketches.shape[1], bias=False)
@@ -56,4 +55,4 @@ else:  # a projection commutes with interpolation: to train it, the features at 
         loss.backward()
         optimizer.step()
     dense = project(features.dense.movedim(1, -1)).movedim(-1, 1)
-    print(f"PCK@10 on frozen features: {pck_10(replace(features, dense=dense), points):.4f}")
+    report("on frozen features", replace(features, dense=dense), points)

@@ -18,14 +18,12 @@ from sketchfusion.tasks import Sample
 from sketchfusion.tasks.segmentation import Segmentation, mask_iou, pixel_accuracy, predict, similarity
 from sketchfusion.training import Settings, train
 
-args = options(
-    __doc__, data="voc", root="", sketches="tuberlin", sketches_root="", per_class=20, steps=40, adapter_steps=40
-)
+args = options(__doc__, data="voc", sketches="tuberlin", sketches_root="", per_class=20, steps=40)
 data = load(args.data, args.root) if args.root else draw_shapes()
 if args.sketches_root:
     data = replace(data, records=data.photos + load(args.sketches, args.sketches_root, classes=data.classes).sketches)
 kept, held_out = (replace(data, records=part) for part in split(limited(data, args.per_class).records, 0.25))
-masks = {photo: torch.from_numpy(photo.read_mask()) for photo in (*kept.photos, *held_out.photos)}
+masks = {photo: torch.from_numpy(photo.read_mask()) for photo in kept.photos + held_out.photos}
 model = SketchFusion.from_pretrained(args.model)
 task = Segmentation(kept, kept, pairs=8, others=0.1)
 project = torch.nn.Conv2d(model.config.aggregator_width, model.config.aggregator_width, 1, bias=False)
@@ -33,13 +31,29 @@ torch.nn.init.dirac_(project.weight)  # begins with the features as they are
 
 
 def projected(features: Features) -> Features:
-    pooled = project(features.pooled[:, :, None, None])[:, :, 0, 0]
-    return replace(features, dense=project(features.dense), pooled=pooled)
+    return replace(features, dense=project(features.dense), pooled=project(features.pooled[..., None, None]).flatten(1))
 
 
 def report(when: str, features: Features) -> None:
     of = dict(zip(held_out.records, features, strict=True))
-    pairs = [(photo, sketch) for photo in masks for sketch in held_out.sketches if photo.label == sketch.label]
-    found = [(predict(similarity(features[sketch].pooled, features[photo])), masks[photo]) for photo, sketch in pairs]
-    for name, metric in (("mIoU", mask_iou), ("pAcc", pixel_accuracy)):
-        print(f"{name} {when}: {np.mean([metric(*both) for both in found]):.4f}")
+    pairs = [(photo, sketch) for photo in held_out.photos for sketch in held_out.sketches if photo.label == sketch.label]
+    found = [(predict(similarity(of[sketch].pooled, of[photo])), masks[photo]) for photo, sketch in pairs]
+    for name, metric in {"mIoU": mask_iou, "pAcc": pixel_accuracy}.items():
+        print(f"{name} {when}: {np.mean([metric(*both) for both in found]):.4f} ({len(pairs)} pairs)")
+
+
+tested = model.encode(record.open() for record in held_out.records)
+report("before", tested)
+if args.adapters:
+    train(model, task, args.out, Settings(steps=args.steps, lr=3e-4))
+    report("through the adapters", model.encode(record.open() for record in held_out.records))
+else:
+    samples = [[Sample(r, {}, masks.get(r)) for r in task.batch(np.random.default_rng(seed))] for seed in range(8)]
+    encoded = [model.encode(sample.record.open() for sample in batch) for batch in samples]
+    optimizer = torch.optim.AdamW(project.parameters(), lr=1e-3)
+    for step in range(args.steps):
+        loss, _ = task.loss(projected(encoded[step % 8]), samples[step % 8])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    report("on frozen features", projected(tested))

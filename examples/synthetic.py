@@ -4,7 +4,6 @@ import argparse
 import atexit
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,14 +13,18 @@ from sketchfusion.data import DataSet, Record
 SIZE = (160, 128)  # of a picture, pixels
 
 
-def options(description: str | None, **defaults: Any) -> argparse.Namespace:
-    """The arguments of the command line: an option for each default, and `--adapters`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def options(description: str, *, data: str, per_class: int, steps: int, **others: str) -> argparse.Namespace:
+    """What the command line says; the values are those where it says nothing, `others` are options of one example."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=data, help="which set, see docs/data.md (%(default)s)")
+    parser.add_argument("--root", help="its folder; without one, images are drawn")
+    for name, default in others.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=default and "(%(default)s)")
+    parser.add_argument("--per-class", type=int, default=per_class, help="sketches and photos, at most (%(default)s)")
+    parser.add_argument("--model", default="mini", help="as for SketchFusion.from_pretrained (%(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help="of the optimiser (%(default)s)")
     parser.add_argument("--adapters", action="store_true", help="train through the adapters")
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default!r}")
+    parser.add_argument("--out", default=f"runs/{Path(parser.prog).stem}", help="for the checkpoint (%(default)s)")
     return parser.parse_args()
 
 

@@ -78,7 +78,8 @@ def spectra(analysis: Mapping[str, Any]) -> Figure:
         maps = found["maps"]
         taps = iter(SHADES * len(maps))
         for name, curves in maps.items():
-            style = _style(name) if name in COLOURS else {"color": next(taps), "lw": 1, "ls": "--"}
+            tap = name not in COLOURS
+            style = {"color": next(taps), "lw": 1, "ls": "--"} if tap else {"color": COLOURS[name], "lw": 2}
             label = f"{_title(name)}, {curves['grid']}×{curves['grid']}"
             _curve(left, [w / math.pi for w in curves["omega"]], curves["delta_log_amplitude"], style, label)
             _curve(right, curves["cycles_per_image"], curves["energy_within"], style, label)
@@ -98,10 +99,6 @@ def spectra(analysis: Mapping[str, Any]) -> Figure:
         right.set_ylim(0, 1)
         right.legend(fontsize=7, frameon=False, loc="lower right")
     return figure
-
-
-def _style(name: str) -> dict[str, Any]:
-    return {"color": COLOURS[name], "lw": 2, "ls": "-"}
 
 
 def _title(name: str) -> str:

@@ -510,6 +510,8 @@ def test_images_are_found_in_order_and_evenly(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "thumbnail.png").touch()
     expected = [str(tmp_path / name) for name in sorted(names) if not name.endswith("ndjson")]
     assert analysis.find_images(tmp_path) == expected
     assert analysis.find_images(tmp_path, 100) == expected

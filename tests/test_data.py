@@ -119,6 +119,7 @@ def write_shoes(root: Path, shoes: int = 6) -> Path:
             ImageDraw.Draw(image).rectangle((10, 20, 49, 39), fill="black")
             image.save(path, quality=100, subsampling=0)
             parts[path.stem] = {"toe": [0, 0.5, 0.2, 0.5], "heel": [0.75, 0.25 + 0.01 * i, 0.25, 0.5]}
+    parts["001"]["toe"] = [0.01, 0.5, 0.2, 0.5]  # no outlier, though all others are the same
     parts["000-2"]["toe"] = [0.8, 0.5, 0.2, 0.5]
     (root / "parts.json").write_text(json.dumps({"note": "", "parts": parts}))
     return root
@@ -162,6 +163,8 @@ def test_sketchy(tmp_path: Path) -> None:
     assert found.sketches[3].photo == "bat/n0_1"
     assert found.pairs() == []  # it has no key points
     assert load("sketchy", root / "256x256").records == found.records
+    write(root, f"256x256/photo/{RENDERED}/bat/a-1.jpg", f"256x256/sketch/{RENDERED}/bat/a-1-3.png")
+    assert load("sketchy", root).sketches[0].photo == "bat/a-1"
 
 
 def test_sketchy_with_the_extended_photos(tmp_path: Path) -> None:
@@ -193,7 +196,7 @@ def test_tuberlin(tmp_path: Path) -> None:
 
 
 def test_quickdraw_strokes_are_opened_where_their_line_begins(tmp_path: Path) -> None:
-    lines = [line(1), "", line(200, word="käse", recognized=False), line(3)]
+    lines = [line(1) + " \r", "", line(200, word="käse", recognized=False), line(3)]
     found = load("quickdraw", write_quickdraw(tmp_path, "cat", lines=lines))
     assert found.split == "Quick, Draw!, all classes (1 of 345 classes found)"
     assert [record.kind for record in found.records] == ["sketch"] * 3
@@ -286,13 +289,15 @@ def test_psc6k(tmp_path: Path) -> None:
 
 
 def test_psc6k_is_split_by_photos_as_the_paper_does(tmp_path: Path) -> None:
-    write_psc6k(tmp_path)
+    write_psc6k(tmp_path, photos=10)
     train, test = (load("psc6k", tmp_path, part=part) for part in ("train", "test"))
-    assert [photo.photo for photo in train.photos if photo.label == "bat"] == ["bat/n0_0", "bat/n0_1", "bat/n0_2"]
-    assert [photo.photo for photo in test.photos if photo.label == "bat"] == ["bat/n0_3", "bat/n0_4"]
+    assert [photo.photo for photo in train.photos if photo.label == "bat"] == [f"bat/n0_{i}" for i in range(6)]
+    assert [photo.photo for photo in test.photos if photo.label == "bat"] == [f"bat/n0_{i}" for i in range(6, 10)]
     assert {sketch.photo for sketch in test.sketches} == {photo.photo for photo in test.photos}
-    assert (len(train.records), len(test.records)) == (18, 12)
+    assert (len(train.records), len(test.records)) == (36, 24)
     assert test.split == "PSC6K, all 2 classes, test part of 60:40"
+    write_psc6k(tmp_path, photos=1)
+    assert "the part 'test' is empty" in refused("psc6k", tmp_path, part="test")
 
 
 def test_psc6k_finds_its_images(tmp_path: Path) -> None:
@@ -315,6 +320,7 @@ def test_psc6k_finds_its_images(tmp_path: Path) -> None:
         ("XA,YA", "X,YA", "lacks the column 'XA'"),
         ("8.5", "eight", "line 2: could not convert"),
         (";8.5", "", "line 2: zip()"),
+        (";48.5", "", "line 2: zip()"),
         ("photo/", "\0", "is no table"),
     ],
 )
@@ -459,6 +465,10 @@ def test_shoes_that_are_incomplete(tmp_path: Path) -> None:
     assert "parts.json cannot be read: ValueError" in refused("shoes", tmp_path)
     (tmp_path / "parts.json").write_text("[]")
     assert "parts.json cannot be read: TypeError" in refused("shoes", tmp_path)
+    (tmp_path / "parts.json").write_text('{"parts": {}}')
+    for path in tmp_path.glob("*/*"):
+        path.unlink()
+    assert "no class is there, found parts.json, photo, sketch" in refused("shoes", tmp_path)
 
 
 # What holds for every set
@@ -586,6 +596,8 @@ def test_an_empty_class_of_quickdraw(tmp_path: Path) -> None:
 def test_damaged_files_of_bitmaps(tmp_path: Path) -> None:
     path = tmp_path / "numpy_bitmap/cat.npy"
     write(tmp_path, "numpy_bitmap/cat.npy")
+    assert "is no array of bitmaps" in refused("quickdraw", tmp_path)
+    path.write_bytes(b"")
     assert "is no array of bitmaps" in refused("quickdraw", tmp_path)
     np.save(path, np.zeros((3, 784), dtype=np.uint8))
     path.write_bytes(path.read_bytes()[:-5])

@@ -38,7 +38,7 @@ def scan(root: Path, classes: Classes, part: None) -> DataSet:
         ]
         known = {record.photo for record in shown}
         lost = sum(record.photo not in known for record in drawn)
-        if not shown or not drawn or lost:
+        if lost or not drawn:
             lacking.append(f"{label} ({len(shown)} photos, {len(drawn)} sketches, {lost} of them without their photo)")
         records += [*shown, *photos_in(extended / label, label), *drawn]
     if lacking:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import check_ensemble
+from ..data.layout import IMAGES
 from ..errors import ConfigError, SketchFusionError
 from ..images import Geometry, ImageInput, collate
 from ..model import SketchFusion
@@ -29,7 +30,6 @@ DEFINITION = 1  # of everything measured here; counted up whenever a figure chan
 FLOOR = 1e-6  # amplitudes count as this share of their channel's largest at least: a logarithm needs one
 BAND = 0.9  # the share of the energy that the bandwidth holds
 PICTURES = 4  # images of each kind that are shown
-SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".svg", ".tif", ".tiff", ".webp"})
 
 
 class Claim(NamedTuple):
@@ -49,7 +49,7 @@ CLAIMS = (
 MEASURES = {
     "above_half_nyquist": "share of the energy above half of the grid's Nyquist frequency",
     "bandwidth": f"cycles per image within which {BAND:.0%} of the energy lies",
-    "upper_half": "share of the energy in the upper half of the band that all grids have in common",
+    "upper_half": "of the energy in the band that the semantic and the dense grid share, the share in its upper half",
 }
 
 
@@ -131,7 +131,8 @@ class Spectrum:
     *Δ log amplitude*, the published figure. In each channel log |F_c(u, v)|, averaged over the channels, then over
     the annulus m − ½ ≤ r < m + ½ for every m = 0 … ⌊g/2⌋, minus its value at m = 0, which is that of the channels'
     means. Every channel counts the same, however weak it is; one that is constant on the image (a dead unit) is left
-    out. What it is relative to, the features' offset, says nothing about frequencies: compare how curves fall.
+    out, and amplitudes below 1e-6 of the channel's largest count as that. What it is relative to, the features' offset,
+    says nothing about frequencies: compare how curves fall.
 
     *Energy*: E(u, v) = Σ_c |F_c(u, v)|² at every bin but (0, 0), which by Parseval's theorem is the variance of the
     features over the image. Channels count by their variance, as they do in a cosine or a distance. All scalars are
@@ -378,7 +379,7 @@ def table(result: Mapping[str, Any]) -> str:
     """What `analyze` found, as text for a terminal: a table a kind, and a line a claim."""
     band = result["common_band"]
     lines = [f"{name}: {text}" for name, text in MEASURES.items()]
-    lines[-1] += f", {band / 2:g} to {band:g} cycles per image"
+    lines[-1] += f" ({band / 2:g} to {band:g} cycles)"
     for kind, found in result["kinds"].items():
         title = f"{kind}, {found['images']}"
         lines += ["", f"{title:<14}" + "".join(f"{head:>20}" for head in ("grid", *MEASURES))]
@@ -435,7 +436,7 @@ def pictures(
 def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]:
     """Every image in a folder and the folders inside it, in the order of their paths; or the one file `place`.
 
-    Files are chosen by their names (`SUFFIXES`), hidden ones left out.
+    Files are chosen by their names (`IMAGES`); hidden ones, and those in hidden folders, are left out.
 
     Args:
         place: the folder.
@@ -455,10 +456,12 @@ def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]
     found = sorted(
         path
         for path in place.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGES
+        and not any(part.startswith(".") for part in path.relative_to(place).parts)
+        and path.is_file()
     )
     if not found:
-        raise SketchFusionError(f"{place}: no images in this folder; looked for {', '.join(sorted(SUFFIXES))}")
+        raise SketchFusionError(f"{place}: no images in this folder; looked for {', '.join(IMAGES)}")
     return [str(path) for path in evenly(found, limit or len(found))]
 
 
