@@ -1,8 +1,8 @@
 """Constant folding: what frozen weights, one timestep and one prompt fix is computed once, at load.
 
-Each fold is exact algebra. It is computed in float32, or in float64 for a float64 model, and rounded once to the
-compute dtype, so in half precision a folded model is no further from its float32 self than a plain one. Parameters are
-replaced and never written into, see `shared_copy`.
+Each fold is exact algebra. It is computed in float64 and rounded once to the compute dtype, so in half precision a
+folded model is no further from its float32 self than a plain one, and machines that add in another order come to the
+same weights, by which caches are found. Parameters are replaced and never written into, see `shared_copy`.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def fold_vae(vae: Any) -> None:
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """In the precision that folds are computed in."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """In the precision that folds are computed in: float64, which only MPS does not have."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
