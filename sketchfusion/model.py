@@ -228,17 +228,7 @@ class SketchFusion(nn.Module):
         steps = len(networks.scheduler.alphas_cumprod)
         if config.timestep >= steps:
             raise ConfigError("timestep", f"is {config.timestep}", legal=f"0 to {steps - 1}")
-        diffusion = DiffusionBackbone(
-            networks.vae,
-            networks.unet,
-            alpha_bar=float(networks.scheduler.alphas_cumprod[config.timestep]),
-            null_prompt=null_prompt,
-            taps=config.taps,
-            timestep=config.timestep,
-            noise_seed=config.noise_seed,
-            mean=config.diffusion.mean,
-            std=config.diffusion.std,
-        )
+        diffusion = _diffusion(config, networks.vae, networks.unet, networks.scheduler, null_prompt)
         semantic = SemanticBackbone(
             networks.vision,
             image_size=config.semantic.image_size,
@@ -549,6 +539,23 @@ class SketchFusion(nn.Module):
         self.aggregator.load_state_dict(aggregator.state_dict())
         self._warned_untrained = False
 
+    def unfold(self) -> None:
+        """Load the diffusion backbone again with the UNet's weights as they were published, to train the UNet itself.
+
+        At load, what the timestep and the null prompt make constant is folded into fewer weights. The features are the
+        same either way, and slower without it.
+
+        Raises:
+            LoadError: the place the backbone came from is no longer there.
+        """
+        if not self.diffusion.folded:
+            return
+        checkpointing = self.diffusion.unet.is_gradient_checkpointing
+        networks = diffusion_backbone.load(self._origins["diffusion"], self.dtype, self._variant)
+        self.diffusion = _diffusion(self.config, *networks, self._null_prompt, fold=False).to(self.device)
+        if checkpointing:
+            self.enable_gradient_checkpointing()
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the UNet's activations in the backward pass instead of keeping them."""
         self.diffusion.unet.enable_gradient_checkpointing()
@@ -659,6 +666,23 @@ ENCODE_KEYWORDS = tuple(
     for name, parameter in inspect.signature(SketchFusion.encode).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
 )
+
+
+def _diffusion(
+    config: Config, vae: Any, unet: Any, scheduler: Any, null_prompt: Tensor, *, fold: bool = True
+) -> DiffusionBackbone:
+    return DiffusionBackbone(
+        vae,
+        unet,
+        alpha_bar=float(scheduler.alphas_cumprod[config.timestep]),
+        null_prompt=null_prompt,
+        taps=config.taps,
+        timestep=config.timestep,
+        noise_seed=config.noise_seed,
+        mean=config.diffusion.mean,
+        std=config.diffusion.std,
+        fold=fold,
+    )
 
 
 def _length(images: Any) -> int | None:

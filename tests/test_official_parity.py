@@ -19,11 +19,12 @@ from sketchfusion.fusion.injection import Adapters
 
 SITES = ("down0", "down1", "down2", "down3", "up0", "up1", "up2")
 TAPS = ("up0", "up1", "up2")
+Golden = tuple[dict[str, torch.Tensor], dict[str, str]]
 BESIDE = Path(__file__).parents[2] / "shared" / "golden" / "official_forward.safetensors"
 
 
 @pytest.fixture(scope="module")
-def golden() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def golden() -> Golden:
     path = Path(os.environ.get("SKETCHFUSION_GOLDEN", BESIDE))
     if not path.is_file():
         pytest.skip(f"no golden vectors at {path}; name the file in SKETCHFUSION_GOLDEN")
@@ -35,20 +36,27 @@ def section(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def run(golden: tuple[dict[str, torch.Tensor], dict[str, str]], *, inject_skips: bool) -> dict[str, torch.Tensor]:
-    """The released forward with our modules: every tapped map, and `dense`."""
+def backbone(golden: Golden, prompt: torch.Tensor, fold: bool) -> DiffusionBackbone:
     tensors, metadata = golden
     config: dict[str, Any] = json.loads(metadata["unet_config"])
     unet = UNet2DConditionModel(**config)
     unet.load_state_dict(section(tensors, "unet."))
-    diffusion = DiffusionBackbone(
+    return DiffusionBackbone(
         AutoencoderKL(),  # the latents are given: never run
         unet,
         alpha_bar=1.0,
-        null_prompt=tensors["in.text"][0],
+        null_prompt=prompt,
         taps=TAPS,
         timestep=int(metadata["timestep"]),
+        fold=fold,
     )
+
+
+def run(golden: Golden, *, inject_skips: bool, fold: bool = True) -> dict[str, torch.Tensor]:
+    """The released forward with our modules: every tapped map, and `dense`."""
+    tensors, metadata = golden
+    backbones = [backbone(golden, prompt, fold) for prompt in tensors["in.text"]]  # one an image: it is folded in
+    unet = backbones[0].unet
     widths = block_widths(unet)
     adapters = Adapters(tensors["in.clip_tokens"].shape[1], {site: widths[site] for site in SITES})
     for number, site in enumerate(SITES, start=1):
@@ -64,8 +72,13 @@ def run(golden: tuple[dict[str, torch.Tensor], dict[str, str]], *, inject_skips:
     aggregator.mixing_weights.data = tensors["agg.mixing_weights"].flip(0)
 
     with torch.no_grad():
-        hooks = adapters(tensors["in.clip_tokens"])
-        maps = diffusion(tensors["in.latents"], hooks, inject_skips=inject_skips, prompt=tensors["in.text"])
+        each = [
+            diffusion(latents[None], adapters(tokens[None]), inject_skips=inject_skips)
+            for diffusion, latents, tokens in zip(
+                backbones, tensors["in.latents"], tensors["in.clip_tokens"], strict=True
+            )
+        ]
+        maps = {tap: torch.cat([tapped[tap] for tapped in each]) for tap in TAPS}
         return maps | {"dense": aggregator(maps)}
 
 
@@ -80,8 +93,9 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours - reference).norm() / reference.norm())
 
 
-def test_forward_reproduces_the_released_modules(golden: Any) -> None:
-    ours = run(golden, inject_skips=True)
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "plain"])
+def test_forward_reproduces_the_released_modules(golden: Any, fold: bool) -> None:
+    ours = run(golden, inject_skips=True, fold=fold)
     for name, reference in section(golden[0], "out.").items():
         assert relative_error(ours[name], reference) <= 1e-5, name
 

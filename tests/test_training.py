@@ -1,5 +1,6 @@
 """The training loop: what it trains, what it leaves alone, and that a killed run comes to the same losses."""
 
+import copy
 import csv
 import dataclasses
 import os
@@ -381,11 +382,15 @@ class TestSettings:
 def test_finetuning_reaches_the_backbones_and_is_saved(
     untrained: SketchFusion, shapes: DataSet, tmp_path: Path
 ) -> None:
-    before = {n: p.clone() for n, p in untrained.named_parameters()}
+    published = copy.deepcopy(untrained)
+    published.unfold()
+    before = dict(published.named_parameters())
     plan = dataclasses.replace(FEW, finetune=True)
     train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, plan)
     moved = {n for n, p in untrained.named_parameters() if not torch.equal(p, before[n])}
     assert any(n.startswith("diffusion.unet.down_blocks") for n in moved)
+    assert any(n.endswith("attn2.to_k.weight") for n in moved)  # not folded away
+    assert any(n.endswith("time_emb_proj.weight") for n in moved)
     assert any(n.startswith("semantic.model") for n in moved)
     assert not any(n.startswith("diffusion.vae") for n in moved)
     loaded = SketchFusion.from_pretrained(tmp_path, dtype="float32", device="cpu")

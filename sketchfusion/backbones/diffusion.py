@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import LoadError
 from ..hub import Location, MissingFile, undisturbed
 from . import Frozen, Triple, shared_copy
+from .folding import fold_unet, fold_vae
 
 Hook = Callable[[Tensor], Tensor]  # a block's output -> what goes on in its place
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls its weights
@@ -31,7 +32,8 @@ class DiffusionBackbone(Frozen):
     """Frozen Stable Diffusion 1.x or 2.x: image -> latents -> noised latents -> maps at the tapped blocks.
 
     The UNet runs once, at `timestep`, under the null prompt, and stops after the last tap. The decoder and the
-    blocks behind the last tap are freed. Nothing here ever gets a gradient or enters training mode.
+    blocks behind the last tap are freed, and what timestep and prompt make constant is folded (`folding.py`).
+    Nothing here ever gets a gradient or enters training mode.
 
     Args:
         vae: diffusers' `AutoencoderKL`.
@@ -42,6 +44,7 @@ class DiffusionBackbone(Frozen):
         timestep: the one step of the diffusion process.
         noise_seed: noise n_j is drawn from seed `noise_seed` + j.
         mean, std: pixels in [0, 1] become (pixels - mean) / std before the VAE.
+        fold: False leaves every weight of the UNet as it was published, for who trains the UNet itself.
     """
 
     null_prompt: Tensor
@@ -58,6 +61,7 @@ class DiffusionBackbone(Frozen):
         noise_seed: int = 0,
         mean: Triple = (0.5, 0.5, 0.5),
         std: Triple = (0.5, 0.5, 0.5),
+        fold: bool = True,
     ):
         super().__init__(mean, std)
         if null_prompt.ndim != 2:
@@ -69,9 +73,12 @@ class DiffusionBackbone(Frozen):
             )
         self.vae, self.unet = vae, unet
         self.alpha_bar, self.timestep, self.noise_seed = alpha_bar, timestep, noise_seed
-        self.taps = tuple(taps)
+        self.taps, self.folded = tuple(taps), fold
         self.register_buffer("null_prompt", null_prompt.to(unet.dtype), persistent=False)
         self._free_what_never_runs()
+        fold_vae(vae)
+        if fold:
+            fold_unet(unet, timestep, null_prompt)
         self.freeze()
 
     @property
@@ -86,13 +93,15 @@ class DiffusionBackbone(Frozen):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, S, S) in [0, 1] -> clean scaled latents (N, 4, S/8, S/8): the posterior's mode."""
-        inputs = self.normalized(pixels).to(self.dtype)
-        return self.vae.encode(inputs).latent_dist.mode() * self.vae.config.scaling_factor
+        latents: Tensor = self.vae.encoder(self.normalized(pixels).to(self.dtype))
+        return latents
 
     def add_noise(self, latents: Tensor, member: int) -> Tensor:
         """Noise clean latents (N, 4, h, w) to the timestep with ensemble member 2j or 2j+1: +n_j or -n_j.
 
-        The noise is drawn in float32 on the CPU: the same for every image, batch size and device.
+        The noise is drawn in float32 on the CPU: the same for every image, batch size and device. √ᾱ is applied
+        here and not folded into the VAE with the scale: latents that are kept are clean, whatever the timestep, and
+        four channels cost nothing.
         """
         generator = torch.Generator().manual_seed(self.noise_seed + member // 2)
         noise = torch.randn(latents.shape[1:], generator=generator).to(latents.device)
@@ -106,7 +115,6 @@ class DiffusionBackbone(Frozen):
         hooks: Mapping[str, Hook],
         *,
         inject_skips: bool,
-        prompt: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Run the UNet's blocks up to the last tap, calling the hook of each site on the block's output.
 
@@ -115,17 +123,12 @@ class DiffusionBackbone(Frozen):
             hooks: a function for each site; what it returns goes on in place of the block's output.
             inject_skips: whether the last skip of a down block, which is the block's output, goes through the
                 hook as well. The released script adds in place, so there it does.
-            prompt: (N, L, cross_attention_dim); the null prompt if not given.
 
         Returns:
             The map (N, C, h_b, w_b) of every tapped block, after its hook.
         """
         unet = self.unet
-        if prompt is None:
-            prompt = self.null_prompt.expand(len(noised), -1, -1)
-        timesteps = torch.full((len(noised),), self.timestep, device=noised.device)
-        embedding = unet.time_embedding(unet.time_proj(timesteps).to(noised.dtype))
-        context = {"temb": embedding, "encoder_hidden_states": prompt}
+        context = self._context(noised)
         tapped: dict[str, Tensor] = {}
 
         def visit(name: str, hidden: Tensor) -> Tensor:
@@ -151,6 +154,16 @@ class DiffusionBackbone(Frozen):
             hidden = visit(f"up{i}", hidden)
         return tapped
 
+    def _context(self, noised: Tensor) -> dict[str, Tensor | None]:
+        """What the blocks are conditioned on, None where it is folded into their weights."""
+        embedding = prompt = None
+        if self.unet.time_embedding is not None:
+            timesteps = torch.full((len(noised),), self.timestep, device=noised.device)
+            embedding = self.unet.time_embedding(self.unet.time_proj(timesteps).to(noised.dtype))
+        if not self.folded:
+            prompt = self.null_prompt.expand(len(noised), -1, -1)
+        return {"temb": embedding, "encoder_hidden_states": prompt}
+
     def _free_what_never_runs(self) -> None:
         self.vae.decoder = self.vae.post_quant_conv = None
         unet = self.unet
@@ -164,7 +177,7 @@ class DiffusionBackbone(Frozen):
         unet.conv_norm_out = unet.conv_act = unet.conv_out = None
 
 
-def _accepted(block: nn.Module, context: dict[str, Tensor]) -> dict[str, Tensor]:
+def _accepted(block: nn.Module, context: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """Blocks without cross attention take no prompt."""
     return context if getattr(block, "has_cross_attention", False) else {"temb": context["temb"]}
 

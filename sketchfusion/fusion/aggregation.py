@@ -12,7 +12,11 @@ from .masters import Conv2d, GroupNorm, Masters
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck, `in_width` -> `width`: 1×1, 3×3, 1×1, group norm after each, ReLU, residual sum, ReLU."""
+    """Resize, then a ResNet bottleneck, `in_width` -> `width`: 1×1, 3×3, 1×1, group norm after each, ReLU, residual
+    sum, ReLU.
+
+    The first 1×1 convolutions have no bias and commute with the bilinear resize: the smaller map is projected.
+    """
 
     def __init__(self, in_width: int, width: int, groups: int):
         super().__init__()
@@ -21,15 +25,26 @@ class Bottleneck(nn.Module):
         self.conv2, self.norm2 = Conv2d(inner, inner, 3, padding=1, bias=False), GroupNorm(groups, inner)
         self.conv3, self.norm3 = Conv2d(inner, width, 1, bias=False), GroupNorm(groups, width)
         self.shortcut = (
-            nn.Identity()
+            nn.Sequential(nn.Identity(), nn.Identity())
             if in_width == width
             else nn.Sequential(Conv2d(in_width, width, 1, bias=False), GroupNorm(groups, width))
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.norm1(self.conv1(x)))
+    def forward(self, x: Tensor, side: int) -> Tensor:
+        """Any map (N, in_width, h, w) -> (N, width, side, side)."""
+        project, norm = self.shortcut
+        if x.shape[-2] * x.shape[-1] < side**2:
+            h, short = _resize(self.conv1(x), side), _resize(project(x), side)
+        else:
+            resized = _resize(x, side)
+            h, short = self.conv1(resized), project(resized)
+        h = F.relu(self.norm1(h))
         h = F.relu(self.norm2(self.conv2(h)))
-        return F.relu(self.norm3(self.conv3(h)) + self.shortcut(x))
+        return F.relu(self.norm3(self.conv3(h)) + norm(short))
+
+
+def _resize(x: Tensor, side: int) -> Tensor:
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
 
 class Aggregator(Masters):
@@ -53,8 +68,7 @@ class Aggregator(Masters):
         mixing = self.mixing_weights.softmax(0)
         dense = None
         for weight, (tap, bottleneck) in zip(mixing, self.taps.items(), strict=True):
-            resized = F.interpolate(maps[tap], size=(self.grid, self.grid), mode="bilinear", align_corners=False)
-            term = weight.to(resized.dtype) * bottleneck(resized)
+            term = weight.to(maps[tap].dtype) * bottleneck(maps[tap], self.grid)
             dense = term if dense is None else dense + term
         assert dense is not None  # the configuration has at least one tap
         return dense

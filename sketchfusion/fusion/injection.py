@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,8 +31,18 @@ class Adapters(Masters):
             nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> dict[str, Hook]:
-        """Token grid (N, token_width, t, t) -> the hook of every site, to be called by the UNet loop."""
-        return {site: partial(inject, addition=adapter(tokens)) for site, adapter in self.sites.items()}
+        """Token grid (N, token_width, t, t) -> the hook of every site, to be called by the UNet loop.
+
+        All adapters are one matrix product, projecting the tokens before any resize.
+        """
+        adapters: list[Any] = list(self.sites.values())
+        if not adapters:
+            return {}
+        weight = torch.cat([adapter.weight.flatten(1).to(tokens.dtype) for adapter in adapters])
+        bias = torch.cat([adapter.bias.to(tokens.dtype) for adapter in adapters])
+        projected = F.linear(tokens.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        additions = projected.split([adapter.out_channels for adapter in adapters], dim=1)
+        return {site: partial(inject, addition=addition) for site, addition in zip(self.sites, additions, strict=True)}
 
 
 def inject(hidden: Tensor, addition: Tensor) -> Tensor:

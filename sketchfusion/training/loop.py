@@ -150,6 +150,7 @@ def train(
     if settings.finetune:
         if model.dtype is not torch.float32 or cache is not None:
             raise ConfigError("finetune", "trains the backbones themselves", legal="dtype='float32' and no cache")
+        model.unfold()
         for part in (model.diffusion.unet, model.semantic.model):
             part.requires_grad_(True)
     for name in settings.without:
