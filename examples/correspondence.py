@@ -33,7 +33,7 @@ def encoded(part: DataSet) -> tuple[Features, list[torch.Tensor]]:
 def report(when: str, features: Features, points: list[torch.Tensor]) -> None:
     hits = []
     for i in range(0, len(points), 2):
-        found, side = match(features[i], features[i + 1], points[i]), max(features[i + 1].geometry[:2])
+        found, side = match(features[i], features[i + 1], points[i]), float(max(features[i + 1].geometry[:2]))
         hits.append(pck(found, points[i + 1], side, alpha=0.10))
     print(f"PCK@10 {when}: {torch.cat(hits).double().mean():.4f} ({len(hits)} pairs)")
 

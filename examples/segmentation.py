@@ -25,7 +25,7 @@ if args.sketches_root:
 kept, held_out = (replace(data, records=part) for part in split(limited(data, args.per_class).records, 0.25))
 masks = {photo: torch.from_numpy(photo.read_mask()) for photo in kept.photos + held_out.photos}
 model = SketchFusion.from_pretrained(args.model)
-task = Segmentation(kept, kept, pairs=8, others=0.1)
+task = Segmentation(kept, kept, pairs=8, others=0.1)  # at the default, so few photos teach to find nothing
 project = torch.nn.Conv2d(model.config.aggregator_width, model.config.aggregator_width, 1, bias=False)
 torch.nn.init.dirac_(project.weight)  # begins with the features as they are
 
@@ -36,7 +36,7 @@ def projected(features: Features) -> Features:
 
 def report(when: str, features: Features) -> None:
     of = dict(zip(held_out.records, features, strict=True))
-    pairs = [(photo, sketch) for photo in held_out.photos for sketch in held_out.sketches if photo.label == sketch.label]
+    pairs = [(p, s) for p in held_out.photos for s in held_out.sketches if p.label == s.label]
     found = [(predict(similarity(of[sketch].pooled, of[photo])), masks[photo]) for photo, sketch in pairs]
     for name, metric in {"mIoU": mask_iou, "pAcc": pixel_accuracy}.items():
         print(f"{name} {when}: {np.mean([metric(*both) for both in found]):.4f} ({len(pairs)} pairs)")

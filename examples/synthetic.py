@@ -48,7 +48,7 @@ def draw_shapes(classes: int = 16, images: int = 10) -> DataSet:
             drawn = Image.new("1", SIZE)
             ImageDraw.Draw(drawn).polygon([*map(tuple, corners)], fill=1)
             drawn.save(mask)
-            thing, ground = random.integers(128, size=(2, 3)) + [[0], [128]]
+            thing, ground = random.integers(((0,), (128,)), ((128,), (256,)), size=(2, 3))  # dark on light
             colours = np.where(np.array(drawn)[..., None], thing, ground) + random.normal(0, 12, (*SIZE[::-1], 3))
             Image.fromarray(colours.clip(0, 255).astype(np.uint8)).save(photo)
             records.append(Record(str(photo), "photo", name, None, f"{name}/{i}", str(mask), _named(corners)))

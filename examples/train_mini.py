@@ -127,7 +127,8 @@ TRAINING_DATA = (
     "Sketchy (83 of its 104 seen classes, 25 photos and 25 sketches each), TU-Berlin (up to 64 sketches a class) and "
     "Quick, Draw! (25 drawings a class) with labels, except for the classes set aside; ImageNet photos (16,000 of Tiny "
     "ImageNet, 1,000 others) and 689 photos of animals from PASCAL VOC without labels. The teacher, EfficientNet-Lite0 "
-    "(Apache-2.0), was trained on ImageNet with labels, some of whose classes are among those set aside"
+    "(Apache-2.0), was trained on ImageNet with labels, some of whose classes are among those set aside. The classes "
+    "set aside were watched during development, so the figure on them is optimistic"
 )
 LICENSE = (
     "for research: the weights follow their data, of which Sketchy, TU-Berlin (CC BY 4.0), ImageNet and PASCAL VOC "

@@ -1,4 +1,4 @@
-"""The examples of heads run both ways: on drawn shapes with a small model, and one on real shoes with the bundled one."""
+"""The examples of heads run both ways on drawn shapes, and one of them on real shoes with the bundled model."""
 
 import re
 import runpy
@@ -71,8 +71,8 @@ def test_runs_on_shoes_as_a_user_would_run_it(data: Callable[[str], Path], tmp_p
     with tarfile.open(data("shoes")) as tar:
         tar.extractall(tmp_path, filter="data")
     (root,) = (path.parent for path in tmp_path.rglob("parts.json"))
-    command = [sys.executable, EXAMPLES / "correspondence.py", "--data", "shoes", "--root", root, "--adapters"]
-    options = ["--per-class", "6", "--steps", "1", "--out", tmp_path / "trained"]
+    command = [sys.executable, str(EXAMPLES / "correspondence.py"), "--data", "shoes", "--root", str(root)]
+    options = ["--per-class", "6", "--steps", "1", "--adapters", "--out", str(tmp_path / "trained")]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert all(0 <= value <= 1 for value in figures(done.stdout).values())

@@ -28,7 +28,7 @@ def scan(root: Path, classes: Classes, part: None) -> DataSet:
     """
     places = {kind: root / kind for kind in KINDS if (root / kind).is_dir()}
     labels = {label for place in places.values() or (root,) for label in folders(place)}
-    chosen, words = replace(PUBLISHED, title=f"Folder {root.name}").choose(root, labels, classes)
+    chosen, words = replace(PUBLISHED, title=f"Folder {root.resolve().name}").choose(root, labels, classes)
     records: list[Record] = []
     for label in chosen:
         if places:

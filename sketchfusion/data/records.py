@@ -120,11 +120,10 @@ class DataSet:
         """Every sketch with its photo and the names of the key points that both have, where there are any."""
         photos = defaultdict(list)
         for record in self.photos:
-            if record.photo is not None:
-                photos[record.photo].append(record)
+            photos[record.photo].append(record)
         found = []
         for sketch in self.sketches:
-            for photo in photos.get(sketch.photo or "", ()):
+            for photo in photos[sketch.photo] if sketch.photo is not None else ():
                 there = {name for name, _, _ in photo.points}
                 names = tuple(name for name, _, _ in sketch.points if name in there)
                 if names:
