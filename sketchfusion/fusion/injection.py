@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.diffusion import Hook
+from ..kernels.injection import inject
 from .masters import Conv2d, Masters
 
 
@@ -31,12 +31,3 @@ class Adapters(Masters):
     def forward(self, tokens: Tensor) -> dict[str, Hook]:
         """Token grid (N, token_width, t, t) -> the hook of every site, to be called by the UNet loop."""
         return {site: partial(inject, addition=adapter(tokens)) for site, adapter in self.sites.items()}
-
-
-def inject(hidden: Tensor, addition: Tensor) -> Tensor:
-    """Add `addition` (N, C, t, t), resized bilinearly, to a block's output `hidden` (N, C, h, w).
-
-    Out of place: whether the block's last skip sees the sum as well is the UNet loop's decision.
-    """
-    resized = F.interpolate(addition, size=hidden.shape[-2:], mode="bilinear", align_corners=False)
-    return hidden + resized.to(hidden.dtype)
