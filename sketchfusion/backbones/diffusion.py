@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import LoadError
 from ..hub import Location, MissingFile, undisturbed
 from . import Frozen, Triple, shared_copy
+from .norms import fuse
 
 Hook = Callable[[Tensor], Tensor]  # a block's output -> what goes on in its place
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls its weights
@@ -72,6 +73,8 @@ class DiffusionBackbone(Frozen):
         self.taps = tuple(taps)
         self.register_buffer("null_prompt", null_prompt.to(unet.dtype), persistent=False)
         self._free_what_never_runs()
+        for network in (vae, unet):
+            fuse(network)
         self.freeze()
 
     @property
