@@ -19,6 +19,7 @@ from ..errors import LoadError
 from ..hub import Location, MissingFile, undisturbed
 from . import Frozen, Triple, shared_copy
 from .folding import fold_unet, fold_vae
+from .norms import fuse
 
 Hook = Callable[[Tensor], Tensor]  # a block's output -> what goes on in its place
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls its weights
@@ -79,6 +80,8 @@ class DiffusionBackbone(Frozen):
         fold_vae(vae)
         if fold:
             fold_unet(unet, timestep, null_prompt)
+        for network in (vae, unet):
+            fuse(network)
         self.freeze()
 
     @property

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.diffusion import Hook
+from ..kernels.injection import inject
 from .masters import Conv2d, Masters
 
 
@@ -43,12 +44,3 @@ class Adapters(Masters):
         projected = F.linear(tokens.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
         additions = projected.split([adapter.out_channels for adapter in adapters], dim=1)
         return {site: partial(inject, addition=addition) for site, addition in zip(self.sites, additions, strict=True)}
-
-
-def inject(hidden: Tensor, addition: Tensor) -> Tensor:
-    """Add `addition` (N, C, t, t), resized bilinearly, to a block's output `hidden` (N, C, h, w).
-
-    Out of place: whether the block's last skip sees the sum as well is the UNet loop's decision.
-    """
-    resized = F.interpolate(addition, size=hidden.shape[-2:], mode="bilinear", align_corners=False)
-    return hidden + resized.to(hidden.dtype)

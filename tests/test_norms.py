@@ -1,0 +1,68 @@
+"""The frozen networks with their group norms replaced are the networks that diffusers runs."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from torch import nn
+
+from sketchfusion import SketchFusion
+from sketchfusion.backbones.norms import GroupNorm, fuse
+
+
+def outputs(network: nn.Module) -> torch.Tensor:
+    """What a VAE's encoder or a UNet makes of the same noise, in both layouts."""
+    torch.manual_seed(0)
+    if isinstance(network, AutoencoderKL):
+        return network.encode(torch.rand(2, 3, 32, 32)).latent_dist.parameters
+    context = torch.randn(2, 7, network.config.cross_attention_dim)
+    return network(torch.randn(2, 4, 8, 8), 195, context).sample
+
+
+@pytest.mark.parametrize("scale_shift", ["default", "scale_shift"])
+@torch.no_grad()
+def test_a_fused_unet_is_the_same_bit_for_bit(backbones: dict[str, Path], scale_shift: str) -> None:
+    config = UNet2DConditionModel.load_config(backbones["diffusion"] / "unet")
+    torch.manual_seed(1)
+    plain = UNet2DConditionModel.from_config(dict(config) | {"resnet_time_scale_shift": scale_shift}).eval()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    assert torch.equal(outputs(fused), outputs(plain))
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    with_silu = [part.silu for part in fused.modules() if isinstance(part, GroupNorm)]
+    resnets = 0 if scale_shift == "scale_shift" else sum("norm2.weight" in name for name in resnet_keys(plain))
+    assert sum(with_silu) == 2 * resnets
+    assert len(with_silu) > sum(with_silu)
+
+
+def resnet_keys(network: nn.Module) -> list[str]:
+    return [name for name in network.state_dict() if ".resnets." in name]
+
+
+@torch.no_grad()
+def test_a_fused_encoder_is_the_same_bit_for_bit(backbones: dict[str, Path]) -> None:
+    plain = AutoencoderKL.from_pretrained(backbones["diffusion"] / "vae").eval()
+    fused = copy.deepcopy(plain)
+    fuse(fused.encoder)
+    assert torch.equal(outputs(fused), outputs(plain))
+    left = {name for name, part in fused.encoder.named_modules() if type(part) is nn.GroupNorm}
+    assert left == {"mid_block.attentions.0.group_norm"}  # on tokens, not on maps
+
+
+def test_what_a_model_runs_is_fused(model: SketchFusion) -> None:
+    for network in (model.diffusion.vae, model.diffusion.unet):
+        norms = [name for name, part in network.named_modules() if type(part) is nn.GroupNorm]
+        assert all("attentions.0.group_norm" in name for name in norms)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+def test_features_on_cuda_are_those_on_the_cpu(model: SketchFusion, dtype: torch.dtype, tolerance: float) -> None:
+    picture = Image.effect_noise((50, 40), 80)
+    expected = model.encode(picture).dense
+    found = model.to("cuda", dtype).encode(picture).dense.cpu()
+    cosines = torch.nn.functional.cosine_similarity(found, expected, dim=0)
+    assert cosines.min() > 1 - tolerance
