@@ -154,7 +154,7 @@ def test_group_norm(
 ) -> None:
     groups, width = channels
     x = draw(0, (n, groups * width, h, w), dtype, layout) + 2
-    weight, bias = draw(1, (2, groups * width, 1, 1), dtype).flatten(1)
+    weight, bias = draw(1, (groups * width, 2, 1, 1), dtype).flatten(1).unbind(1)
     assert kernels.usable(x)
     with patch.object(group_norm, "CHUNKS", chunks):  # one: every tile of an image is merged in one program
         found = norm(weight, bias, groups, silu)(x)

@@ -146,7 +146,7 @@ if TRITON:
 
     @triton_op("sketchfusion::group_norm", mutates_args={})
     def fused(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x, weight, bias = x.contiguous(memory_format=torch.channels_last), weight.contiguous(), bias.contiguous()
         out = torch.empty_like(x, memory_format=torch.channels_last)
         n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
         chunk = PIXELS * triton.cdiv(pixels, PIXELS * CHUNKS)
