@@ -41,7 +41,7 @@ def report(when: str, features: Features, points: list[torch.Tensor]) -> None:
 features, points = encoded(held_out)
 report("before", features, points)
 if args.adapters:
-    train(model, Correspondence(kept, pairs=8), args.out, Settings(steps=args.steps, lr=3e-4))
+    train(model, Correspondence(kept, pairs=8), args.out, Settings(steps=args.steps))
     report("through the adapters", *encoded(held_out))
 else:  # a projection commutes with interpolation, so the features at the points are enough to train it
     at = [image.at(places) for image, places in zip(*encoded(kept), strict=True)]

@@ -46,6 +46,6 @@ for _ in range(args.steps):
     optimizer.step()
 report("on frozen features", *tested)
 if args.adapters:  # they go on from that head
-    train(model, task, args.out, Settings(steps=args.steps, lr=3e-4))
+    train(model, task, args.out, Settings(steps=args.steps))
     task.head.cpu()
     report("through the adapters", *encoded(known))

@@ -39,7 +39,7 @@ def report(when: str, sketches: torch.Tensor, photos: torch.Tensor) -> None:
 tested = encoded(held_out)
 report("before", *tested)
 if args.adapters:
-    train(model, Retrieval(kept, classes=8), args.out, Settings(steps=args.steps, lr=3e-4))
+    train(model, Retrieval(kept, classes=8), args.out, Settings(steps=args.steps))
     report("through the adapters", *encoded(held_out))
 else:
     sketches, photos = encoded(kept)

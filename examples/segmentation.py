@@ -45,7 +45,7 @@ def report(when: str, features: Features) -> None:
 tested = model.encode(record.open() for record in held_out.records)
 report("before", tested)
 if args.adapters:
-    train(model, task, args.out, Settings(steps=args.steps, lr=3e-4))
+    train(model, task, args.out, Settings(steps=args.steps))
     report("through the adapters", model.encode(record.open() for record in held_out.records))
 else:
     samples = [[Sample(r, {}, masks.get(r)) for r in task.batch(np.random.default_rng(seed))] for seed in range(8)]
