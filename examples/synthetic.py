@@ -20,7 +20,7 @@ def options(description: str, *, data: str, per_class: int, steps: int, **others
     parser.add_argument("--root", help="its folder; without one, images are drawn")
     for name, default in others.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=default and "(%(default)s)")
-    parser.add_argument("--per-class", type=int, default=per_class, help="sketches and photos, at most (%(default)s)")
+    parser.add_argument("--per-class", type=int, default=per_class, help="images of each kind, at most (%(default)s)")
     parser.add_argument("--model", default="mini", help="as for SketchFusion.from_pretrained (%(default)s)")
     parser.add_argument("--steps", type=int, default=steps, help="of the optimiser (%(default)s)")
     parser.add_argument("--adapters", action="store_true", help="train through the adapters")

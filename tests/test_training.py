@@ -199,7 +199,9 @@ class TestGoingOn:
             seen.append(model.training)
             return {"metric": 0.5}
 
+        start = snapshot(untrained)
         for _ in range(2):
+            untrained.load_state_dict(start)
             found = train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, plan, validate=validate)
             assert found == {"metric": 0.5}
         assert seen == [False, False]
@@ -210,11 +212,16 @@ class TestGoingOn:
     def test_another_run_in_the_folder_is_refused(
         self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path
     ) -> None:
+        start = snapshot(untrained)
         train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
         kept = (tmp_path / STATE).read_bytes()
         for plan, data in ((dataclasses.replace(FEW, lr=1e-2), shapes), (FEW, _without_last(shapes))):
+            untrained.load_state_dict(start)
             with pytest.raises(SketchFusionError, match="holds another run"):
                 train(untrained, tasks_of("retrieval", data, 32), tmp_path, plan)
+        untrained.load_state_dict({name: tensor + 1 for name, tensor in start.items()})
+        with pytest.raises(SketchFusionError, match="holds another run"):  # the model begins with other weights now
+            train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
         assert (tmp_path / STATE).read_bytes() == kept
 
     def test_a_damaged_state_is_named(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import LoadError, SketchFusionError
 from ..model import SketchFusion
 from ..tasks import Task
-from ..tasks.recognition import make_head
+from ..tasks.recognition import Recognition, make_head
 
 STATE = "training.safetensors"
 HEAD = "head.safetensors"
@@ -95,13 +94,11 @@ def save_finetuned(model: SketchFusion, folder: Path) -> None:
 
 
 def save_head(task: Task, folder: Path) -> None:
-    """Write a task's head, where it has one, beside the checkpoint: weights, classes and shape in one file."""
-    head = getattr(task, "head", None)
-    if head is None:
+    """Write the head of a recognition task beside the checkpoint: weights, classes and shape in one file."""
+    if not isinstance(task, Recognition):
         return
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    classes: Any = task.classes  # type: ignore[attr-defined]
-    save_file(tensors, folder / HEAD, {"task": task.name, "classes": json.dumps(classes)})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in task.head.state_dict().items()}
+    save_file(tensors, folder / HEAD, {"task": task.name, "classes": json.dumps(task.classes)})
 
 
 def load_head(folder: str | os.PathLike) -> tuple[nn.Module, tuple[str, ...]]:

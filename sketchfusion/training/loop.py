@@ -248,7 +248,10 @@ def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, 
     for key in ("checkpoint_every", "validate_every"):  # may change between a kill and going on
         plan.pop(key)
     shown = [(t.name, len(t.records), [r.path.rpartition("/")[2] for r in t.records[:1000]]) for t in tasks]
-    parts = [config, plan, shown, kept, str(model.dtype), [_plain(t) for t in tasks]]
+    begun = hashlib.blake2b(digest_size=16)  # the weights that the run begins with
+    for tensor in (*model.trainable_parameters(), *(p for t in tasks for p in t.parameters())):
+        begun.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    parts = [config, plan, shown, kept, str(model.dtype), [_plain(t) for t in tasks], begun.hexdigest()]
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
 
 
