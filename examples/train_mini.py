@@ -51,6 +51,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import Features, SketchFusion
 from sketchfusion.images import collate
+from sketchfusion.tasks.retrieval import rank_metrics
 
 log = logging.getLogger("train_mini")
 
@@ -898,10 +899,8 @@ def train_unet(out: Path, recorder: Recorder) -> None:
 
 def mean_average_precision(queries: Tensor, gallery: Tensor, query_labels: Tensor, gallery_labels: Tensor) -> float:
     """mAP@all: AP over the whole gallery by cosine, averaged over the queries."""
-    order = (F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).argsort(dim=1, descending=True, stable=True)
-    hits = (gallery_labels[order] == query_labels[:, None]).float()
-    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
-    return ((precision * hits).sum(1) / hits.sum(1)).mean().item()
+    ids = [[str(label) for label in labels.tolist()] for labels in (query_labels, gallery_labels)]
+    return float(rank_metrics(queries, gallery, *ids)["map_all"])
 
 
 # Fusion

@@ -201,6 +201,7 @@ def analyze(
 
     from . import plots
     from .evaluation import analysis
+    from .evaluation.protocols import spaced
     from .model import SketchFusion
 
     plots.require_matplotlib()
@@ -227,7 +228,7 @@ def analyze(
     except OSError as error:
         raise SketchFusionError(f"{out}: cannot be written to: {error.strerror}") from None
     plots.save(plots.spectra(result), out / "spectrum.png")
-    few = [(kind, path) for kind, good in read.items() for path in analysis.evenly(good, analysis.PICTURES)]
+    few = [(kind, path) for kind, good in read.items() for path in spaced(good, analysis.PICTURES)]
     pictures = analysis.pictures(extractor, [path for _, path in few], **options)
     plots.save(plots.components(pictures, [kind for kind, _ in few]), out / "components.png")
     print(text if as_json else analysis.table(result))

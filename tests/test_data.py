@@ -771,10 +771,10 @@ def records(labels: int = 4, photos: int = 50, sketches: int = 3) -> tuple[Recor
         for label in map(str, range(labels))
         for i in range(photos)
         for record in (
-            Record(f"/root/photo/{label}/{i}.jpg", "photo", label, photo=f"{label}/{i}"),
-            *(Record(f"/root/{label}/{i}-{k}.png", "sketch", label, photo=f"{label}/{i}") for k in range(sketches)),
-            Record("/root/x.ndjson", "sketch", label, row=i),
-            Record(f"/root/tu/{label}/{i}.png", "sketch", label),
+            Record(f"/set/photo/{label}/{i}.jpg", "photo", label, photo=f"{label}/{i}"),
+            *(Record(f"/set/{label}/{i}-{k}.png", "sketch", label, photo=f"{label}/{i}") for k in range(sketches)),
+            Record("/set/x.ndjson", "sketch", label, row=i),
+            Record(f"/set/tu/{label}/{i}.png", "sketch", label),
         )
     )
 

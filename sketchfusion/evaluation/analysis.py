@@ -25,6 +25,7 @@ from ..errors import ConfigError, SketchFusionError
 from ..images import Geometry, ImageInput, collate
 from ..model import SketchFusion
 from ..plots import principal_colours
+from .protocols import spaced
 
 DEFINITION = 1  # of everything measured here; counted up whenever a figure changes its meaning
 FLOOR = 1e-6  # amplitudes count as this share of their channel's largest at least: a logarithm needs one
@@ -462,10 +463,4 @@ def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]
     )
     if not found:
         raise SketchFusionError(f"{place}: no images in this folder; looked for {', '.join(IMAGES)}")
-    return [str(path) for path in evenly(found, limit or len(found))]
-
-
-def evenly(things: list[Any], count: int) -> list[Any]:
-    """`count` of the things, evenly spaced from the first on; all where there are no more."""
-    count = min(count, len(things))
-    return [things[i * len(things) // count] for i in range(count)]
+    return [str(path) for path in spaced(found, limit or len(found))]

@@ -13,6 +13,7 @@ from ..data import DataSet, Record
 from ..errors import SketchFusionError
 from ..features import Features
 from . import Sample
+from .retrieval import info_nce
 
 # ---- loss
 
@@ -63,16 +64,16 @@ class Correspondence(nn.Module):
             source = F.normalize(sketch.at(torch.tensor([ours[name] for name in names])), dim=1)
             truth = torch.tensor([theirs[name] for name in names], device=source.device)
             sources.append(source)
-            targets.append(F.normalize(photo.at(truth), dim=1))
+            targets.append(photo.at(truth))
             cosines, places = _cosines(source, photo)
             found = (cosines * self.sharpness).softmax(1) @ places
             errors.append((found - photo.geometry.to_canvas(truth)).norm(dim=1))
         if not sources:
             zero = features.dense.sum() * 0
             return zero, {"contrastive": 0.0, "flow": 0.0}
-        logits = torch.cat(sources) @ torch.cat(targets).T / self.temperature
-        right = torch.arange(len(logits), device=logits.device)
-        contrastive = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+        source, target = torch.cat(sources), torch.cat(targets)
+        same = torch.eye(len(source), dtype=torch.bool, device=source.device)
+        contrastive = info_nce(source, target, same, self.temperature)
         flow = torch.cat(errors).mean()
         return contrastive + self.flow * flow, {"contrastive": contrastive.item(), "flow": flow.item()}
 
