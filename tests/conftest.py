@@ -3,10 +3,11 @@
 import copy
 import json
 import os
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,9 +15,31 @@ from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import SketchFusion
+from sketchfusion.cli import main
 
 PROMPT_WIDTH = 24
 TOKENS = ["!", '"', "#", "<|startoftext|>", "<|endoftext|>"]
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """`command("encode", "a.png")` in this process, since importing torch takes seconds."""
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["sketchfusion", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return Done(exit.value.code or 0, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sketchfusion import ConfigError, SketchFusion, SketchFusionError
-from sketchfusion.cli import main
 from sketchfusion.evaluation import analysis
 from sketchfusion.evaluation.analysis import Moments, Spectrum
 from sketchfusion.images import collate
@@ -355,26 +354,13 @@ def test_pictures_show_every_map(model: SketchFusion, drawings: list[Image.Image
 # ---- the command
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
+Run = Callable[..., Any]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Run) -> Run:
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["sketchfusion", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return Done(exit.value.code or 0, *capfd.readouterr())
-
-    return call
+    return command
 
 
 @pytest.fixture

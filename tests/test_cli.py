@@ -7,12 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 
 from sketchfusion import Features, SketchFusion, __version__
-from sketchfusion.cli import main
 
 IMAGES = Path(__file__).parents[1] / "examples" / "images"
 
@@ -28,27 +27,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
+Run = Callable[..., Any]
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """`run("encode", "a.png")` in the folder; in this process, since importing torch takes seconds."""
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, command: Run) -> Run:
+    """`run("encode", "a.png")` in the folder."""
     monkeypatch.chdir(folder)
-
-    def call(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["sketchfusion", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return Done(exit.value.code or 0, *capfd.readouterr())
-
-    return call
+    return command
 
 
 def test_encode_writes_what_the_library_computes(folder: Path) -> None:

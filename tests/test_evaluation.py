@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from sketchfusion import ConfigError, Features, LoadError, SketchFusion, SketchFusionError
-from sketchfusion.cli import main
 from sketchfusion.data import DataError, DataSet, Record
 from sketchfusion.evaluation import PROTOCOLS, ROWS, Extractor, evaluate
 from sketchfusion.evaluation.protocols import (
@@ -562,25 +561,15 @@ def checkpoint(built: SketchFusion, tmp_path_factory: pytest.TempPathFactory) ->
     return str(folder)
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def run(
-    trees: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Done]:
+    trees: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> Callable[..., Any]:
     """`run("zs-sbir", "--data", …)` in this process, with the small model and the trees' folder as the current one."""
     monkeypatch.chdir(trees)
 
-    def call(*arguments: str) -> Done:
-        common = ["--model", checkpoint, "--device", "cpu", "--dtype", "float32"]
-        monkeypatch.setattr(sys, "argv", ["sketchfusion", "evaluate", *arguments, *common])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return Done(exit.value.code or 0, *capfd.readouterr())
+    def call(*arguments: str) -> Any:
+        return command("evaluate", *arguments, "--model", checkpoint, "--device", "cpu", "--dtype", "float32")
 
     return call
 
@@ -610,7 +599,7 @@ PROMISED = {
 
 @pytest.mark.parametrize("task", COMMANDS)
 def test_every_protocol_prints_json_and_a_report(
-    run: Callable[..., Done], checkpoint: str, tmp_path: Path, task: str
+    run: Callable[..., Any], checkpoint: str, tmp_path: Path, task: str
 ) -> None:
     done = run(task, *COMMANDS[task], "--json", "--report", str(tmp_path / "report"))
     assert (done.returncode, done.stderr) == (0, "")
@@ -654,7 +643,7 @@ def test_the_command_in_a_process_of_its_own_shows_a_table(trees: Path, checkpoi
     assert "B-SD+CLIP" in theirs
 
 
-def test_python_and_the_command_agree(run: Callable[..., Done], trees: Path, checkpoint: str) -> None:
+def test_python_and_the_command_agree(run: Callable[..., Any], trees: Path, checkpoint: str) -> None:
     done = run("recognition", "--data", "tuberlin", "--root", "tuberlin", "--rows", "fused", "--json")
     model = SketchFusion.from_pretrained(checkpoint, device="cpu", dtype="float32")
     (result,) = evaluate("recognition", "tuberlin", trees / "tuberlin", model=model, rows=["fused"])
@@ -679,9 +668,7 @@ def test_python_and_the_command_agree(run: Callable[..., Done], trees: Path, che
         (["correspondence", "--data", "sketchy", "--root", "sketchy"], "key point"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(
-    run: Callable[..., Done], arguments: list[str], named: str
-) -> None:
+def test_a_users_mistake_is_one_line_and_exit_code_2(run: Callable[..., Any], arguments: list[str], named: str) -> None:
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -690,7 +677,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize("broken", ["photo/tx_000000000000/cat/n1.jpg", "sketch/tx_000000000000/dog/n0-1.png"])
 def test_a_corrupt_image_is_named_and_nothing_is_written(
-    run: Callable[..., Done], trees: Path, tmp_path: Path, broken: str
+    run: Callable[..., Any], trees: Path, tmp_path: Path, broken: str
 ) -> None:
     for file in (trees / "sketchy").rglob("*.*"):
         copied = tmp_path / file.relative_to(trees)
@@ -707,7 +694,7 @@ def test_a_corrupt_image_is_named_and_nothing_is_written(
 
 
 def test_a_report_without_matplotlib_says_what_to_install(
-    run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run("zs-sbir", *COMMANDS["zs-sbir"], "--report", str(tmp_path / "report"))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -490,22 +491,8 @@ class TestCommandLine:
         ],
     )
     def test_mistakes(
-        self, more: list[str], problem: str, sketchy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+        self, more: list[str], problem: str, sketchy: Path, command: Callable[..., Any], tmp_path: Path
     ) -> None:
-        code = run_main([*self.command(sketchy, tmp_path / "out")[3:], *more])
-        assert code == 2
-        assert problem in capsys.readouterr().err
-
-
-def run_main(arguments: list[str]) -> int:
-    from sketchfusion import cli
-
-    saved = sys.argv
-    sys.argv = ["sketchfusion", *arguments]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = saved
-    return 0
+        done = command(*self.command(sketchy, tmp_path / "out")[3:], *more)
+        assert done.returncode == 2
+        assert problem in done.stderr
