@@ -8,7 +8,7 @@ import numbers
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -353,7 +353,7 @@ class SketchFusion(nn.Module):
         for name in unknown:
             raise unknown_key(name, ENCODE_KEYWORDS)
         if batch_size is None:
-            batch_size = 32 if self.device.type == "cuda" else 8
+            batch_size = self.default_batch_size
         if not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool) or batch_size < 1:
             raise ConfigError("batch_size", f"is {batch_size!r}", legal="an integer from 1 up")
         if not (pooled or dense):
@@ -505,10 +505,8 @@ class SketchFusion(nn.Module):
         Args:
             latents, tokens: from `embed`.
             geometry: of the N images, (N,) tensors.
-            ensemble: as for `encode`; the tapped maps are averaged and the aggregation runs once.
+            ensemble: as for `encode`; the aggregation runs once.
         """
-        members = self.config.ensemble if ensemble is None else ensemble
-        check_ensemble(members)
         count = getattr(getattr(geometry, "width", None), "shape", None)
         if count != (len(latents),):
             raise ConfigError(
@@ -516,14 +514,33 @@ class SketchFusion(nn.Module):
                 f"is not that of {len(latents)} images",
                 legal="the geometries that came with the pixels, collated to (N,) tensors as a DataLoader does",
             )
-        hooks = self.adapters(tokens)
+        return self.aggregate(self.tap(latents, tokens, ensemble=ensemble), geometry)
+
+    def tap(self, latents: Tensor, tokens: Tensor | None, *, ensemble: int | None = None) -> dict[str, Tensor]:
+        """The tapped maps of the UNet, after injection, averaged over the ensemble.
+
+        Args:
+            latents: from `embed`.
+            tokens: from `embed`; None injects nothing, which is plain Stable Diffusion.
+            ensemble: as for `encode`.
+
+        Returns:
+            Of every tap in the configuration the map (N, C_tap, h_tap, w_tap), in the compute dtype.
+        """
+        members = self.config.ensemble if ensemble is None else ensemble
+        check_ensemble(members)
+        hooks = {} if tokens is None else self.adapters(tokens)
         maps: dict[str, Tensor] = {}
         for member in range(members):
             noised = self.diffusion.add_noise(latents, member)
             tapped = self.diffusion(noised, hooks, inject_skips=self.config.inject_skips)
             # Summed in float32: thirty-two terms would cost half precision a digit.
             maps = {tap: maps.get(tap, 0) + tapped[tap].float() / members for tap in tapped}
-        dense = self.aggregator({tap: total.to(latents.dtype) for tap, total in maps.items()})
+        return {tap: total.to(latents.dtype) for tap, total in maps.items()}
+
+    def aggregate(self, maps: Mapping[str, Tensor], geometry: Geometry) -> Features:
+        """What `tap` returns -> `Features`: the learned aggregation, and max pooling over the cells on the image."""
+        dense = self.aggregator(maps)
         pooled = max_pool(dense, geometry.mask(self.config.aggregator_grid).to(dense.device))
         return Features(pooled=pooled.float(), dense=dense.float(), geometry=geometry)
 
@@ -568,6 +585,11 @@ class SketchFusion(nn.Module):
     def dtype(self) -> torch.dtype:
         """The compute dtype of the backbones."""
         return self.diffusion.dtype
+
+    @property
+    def default_batch_size(self) -> int:
+        """Images a forward where nobody says otherwise."""
+        return 32 if self.device.type == "cuda" else 8
 
     # ---- saving
 

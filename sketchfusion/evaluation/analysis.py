@@ -75,16 +75,12 @@ def feature_maps(
     Raises:
         SketchFusionError: a map is not finite, or the GPU's memory is too small for the batch.
     """
-    members = model.config.ensemble if ensemble is None else ensemble
     grid = model.config.aggregator_grid
     try:
         latents, tokens = model.embed(pixels)
         maps = {"semantic": tokens.float()}
-        for member in range(members):
-            noised = model.diffusion.add_noise(latents, member)
-            tapped = model.diffusion(noised, {}, inject_skips=model.config.inject_skips)
-            for tap in model.config.taps:
-                maps[tap] = maps.get(tap, 0) + tapped[tap].float() / members
+        bare = model.tap(latents, None, ensemble=ensemble)
+        maps |= {tap: tapped.float() for tap, tapped in bare.items()}
         on_image = geometry.mask(grid).to(latents.device)[:, None]
         scaled = []
         for tap in model.config.taps:
@@ -93,7 +89,7 @@ def feature_maps(
             variation = ((resized - mean) * on_image).flatten(1).norm(dim=1) / on_image.flatten(1).sum(1).sqrt()
             scaled.append(resized / variation.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None, None])
         maps["diffusion"] = torch.cat(scaled, 1)
-        maps["fused"] = model.fuse(latents, tokens, geometry, ensemble=members).dense
+        maps["fused"] = model.fuse(latents, tokens, geometry, ensemble=ensemble).dense
     except torch.OutOfMemoryError as error:
         raise SketchFusionError(
             f"out of memory on {model.device} for {len(pixels)} images of {pixels.shape[-1]} px: "
@@ -346,7 +342,7 @@ def _batches(
     if ensemble is not None:
         check_ensemble(ensemble)
     if batch_size is None:
-        batch_size = 32 if model.device.type == "cuda" else 8
+        batch_size = model.default_batch_size
     if batch_size < 1:
         raise ConfigError("batch_size", f"is {batch_size}", legal="an integer from 1 up")
     stream = iter(images)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,14 +16,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..backbones import semantic
-from ..backbones.diffusion import block_widths
 from ..backbones.semantic import SemanticBackbone
 from ..config import check_ensemble
 from ..data import Record
 from ..errors import ConfigError, LoadError, SketchFusionError
 from ..features import Features
 from ..fusion.aggregation import max_pool
-from ..fusion.injection import Adapters
 from ..images import Geometry, ImageInput, Preprocess, collate
 from ..loading import MARKERS, Access, find_origin
 from ..model import SketchFusion
@@ -86,13 +83,9 @@ class Extractor:
                 raise ConfigError("rows", f"there is no row {row!r}", legal=legal)
         self.model, self.rows, self.source = model, tuple(rows), source
         self.ensemble, self.progress = ensemble, progress
-        self.batch_size = batch_size or (32 if model.device.type == "cuda" else 8)
+        self.batch_size = batch_size or model.default_batch_size
         self.preprocess = model.preprocess if size is None else Preprocess(size)
         self._encoders = {row: load_encoder(row, model.device, model.dtype) for row in rows if row not in ROWS}
-        widths = block_widths(model.diffusion.unet)
-        # Adapters start at zero, which injects nothing.
-        self._silent = Adapters(model.semantic.width, {site: widths[site] for site in model.config.sites})
-        self._silent.to(model.device)
         self._unmixed = copy.deepcopy(model.aggregator)
         nn.init.zeros_(self._unmixed.mixing_weights)  # equal after the softmax
 
@@ -144,9 +137,9 @@ class Extractor:
             elif "semantic" in wanted:
                 tokens = model.semantic(pixels.to(model.device))
             if wanted & INJECTED:
-                fused, injected = self._fuse(latents, tokens, geometry, model.adapters)
+                injected = model.tap(latents, tokens, ensemble=self.ensemble)
             if wanted & BARE:
-                unadapted, bare = self._fuse(latents, tokens, geometry, self._silent)
+                bare = model.tap(latents, None, ensemble=self.ensemble)
             for row in self.rows:
                 match row:
                     case "semantic":
@@ -156,7 +149,7 @@ class Extractor:
                     case "semantic+diffusion":
                         features = mean_pooled(self._side_by_side(bare, tokens), geometry)
                     case "without-adapters":
-                        features = unadapted
+                        features = model.aggregate(bare, geometry)
                     case "without-aggregation":
                         features = mean_pooled(self._side_by_side(injected), geometry)
                     case "without-mixing":
@@ -164,7 +157,7 @@ class Extractor:
                         mask = geometry.mask(model.config.aggregator_grid).to(dense.device)
                         features = Features(max_pool(dense, mask).float(), dense.float(), geometry)
                     case "fused":
-                        features = fused
+                        features = model.aggregate(injected, geometry)
                     case _:
                         features = mean_pooled(self._encoders[row](pixels.to(model.device)).float(), geometry)
                 if not features.dense.isfinite().all():
@@ -178,19 +171,6 @@ class Extractor:
                 "use a smaller batch size, or fewer rows at once"
             ) from error
 
-    def _fuse(
-        self, latents: Tensor, tokens: Tensor, geometry: Geometry, adapters: Adapters
-    ) -> tuple[Features, Mapping[str, Tensor]]:
-        """The model's features with these adapters, and what its aggregator was given."""
-        seen: list[Mapping[str, Tensor]] = []
-        watch = self.model.aggregator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        try:
-            with in_place_of(self.model, adapters):
-                features = self.model.fuse(latents, tokens, geometry, ensemble=self.ensemble)
-        finally:
-            watch.remove()
-        return features, seen[0]
-
     def _side_by_side(self, maps: Mapping[str, Tensor], tokens: Tensor | None = None) -> Tensor:
         """Tapped maps on the dense grid, each cell of L2 norm 1, concatenated: (N, sum of widths, g, g).
 
@@ -199,17 +179,6 @@ class Extractor:
         grid = self.model.config.aggregator_grid
         taps = torch.cat([unit_cells(maps[tap], grid) for tap in self.model.config.taps], 1)
         return taps if tokens is None else torch.cat([unit_cells(tokens, grid), F.normalize(taps, dim=1)], 1)
-
-
-@contextmanager
-def in_place_of(model: SketchFusion, adapters: Adapters) -> Iterator[None]:
-    """The model with other adapters, for as long as the context lasts."""
-    own = model.adapters
-    model.adapters = adapters
-    try:
-        yield
-    finally:
-        model.adapters = own
 
 
 def unit_cells(maps: Tensor, grid: int) -> Tensor:
