@@ -82,6 +82,7 @@ class DiffusionBackbone(Frozen):
             fold_unet(unet, timestep, null_prompt)
         for network in (vae, unet):
             fuse(network)
+            network.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         self.freeze()
 
     @property
