@@ -45,7 +45,7 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
         """Map (N, C, H, W), time embedding (N, E) -> (N, C', H, W)."""
         hidden = self.conv1(self.norm1(x))
-        if self.time_emb_proj is not None:
+        if self.time_emb_proj is not None and temb is not None:
             hidden = hidden + self.time_emb_proj(F.silu(temb))[:, :, None, None]
         hidden = self.conv2(self.norm2(hidden))
         return hidden.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
