@@ -411,3 +411,50 @@ def evaluate(
     if report is not None:
         reporting.write(results, report)
     print(reporting.as_json(results) if as_json else reporting.text(results))
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Option(help="Bundled name, folder, Hub repository; full: the published shapes, random weights.")
+    ] = "mini",
+    peers: Annotated[
+        str | None, typer.Option(help="Comma-separated: plain, plain-float32, released, dift; none. All of them.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="Sides of the canvas in pixels, comma-separated. The model's.")] = "",
+    batch_size: Annotated[str, typer.Option(help="Images a forward, comma-separated.")] = "1",
+    ensemble: Annotated[str, typer.Option(help="Noised copies an image, comma-separated.")] = "1",
+    runs: Annotated[int, typer.Option(help="Timed runs; the figures are their medians.")] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Draw images a second against batch size to this file.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the backbones with torch.compile.")] = False,
+    as_json: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure the extractor on this machine beside other ways to run Stable Diffusion for features.
+
+    All run in turns on the same weights, pixels and noises. docs/performance.md says what each way does.
+    """
+
+    def integers(name: str, text: str) -> list[int]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        for part in parts:
+            if not part.isdecimal():
+                raise ConfigError(name, f"is {text!r}", legal="integers, separated by commas")
+        return [int(part) for part in parts]
+
+    counts = integers("--batch-size", batch_size), integers("--ensemble", ensemble), integers("--size", size)
+
+    from . import plots
+    from .evaluation import bench as benchmark
+
+    if plot is not None:
+        plots.require_matplotlib()
+    chosen = list(benchmark.PEERS) if peers is None else [] if peers == "none" else peers.split(",")
+    result = benchmark.bench(
+        model, peers=chosen, sizes=counts[2] or None, batch_sizes=counts[0], ensembles=counts[1], runs=runs,
+        device=device, dtype=dtype, compile=compile,
+    )  # fmt: skip
+    if plot is not None:
+        plots.save(plots.throughput(result), plot)
+    print(json.dumps(result, indent=2) if as_json else benchmark.table(result))

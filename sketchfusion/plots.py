@@ -135,6 +135,39 @@ def components(pictures: Mapping[str, Tensor], labels: Sequence[str]) -> Figure:
     return figure
 
 
+# ---- the benchmark
+
+
+def throughput(bench: Mapping[str, Any]) -> Figure:
+    """Images a second against batch size, a line for every way, a panel for every canvas and ensemble.
+
+    Args:
+        bench: what `sketchfusion.evaluation.bench.bench` returns.
+    """
+    ways = list(dict.fromkeys(row["way"] for row in bench["rows"]))
+    own = [row for row in bench["rows"] if row["way"] == ways[0]]  # DIFT's ensemble is its own: it is in every panel
+    panels = list(dict.fromkeys((row["size"], row["ensemble"]) for row in own))
+    figure, axes = new_figure(1, len(panels), 4.2 * len(panels) + 0.6, 3.4)
+    colours = dict(
+        zip(ways, (COLOURS["fused"], COLOURS["semantic"], GREY, COLOURS["diffusion"], *SHADES), strict=False)
+    )
+    for one, (size, ensemble) in zip(axes[0], panels, strict=True):
+        for way in ways:
+            rows = [row for row in bench["rows"] if row["way"] == way and row["size"] == size]
+            rows = [row for row in rows if way == "dift" or row["ensemble"] == ensemble]
+            points = dict(sorted((row["batch_size"], row["images_per_second"]) for row in rows))
+            one.plot(list(points), list(points.values()), "o-", ms=4, color=colours[way], label=way)
+        one.set_title(f"{size} px, {ensemble} noise{'s' if ensemble > 1 else ''}", fontsize=9, loc="left")
+        one.set_xlabel("batch size", fontsize=8)
+        one.set_ylabel("images a second", fontsize=8)
+        one.set_xscale("log", base=2)
+        one.set_xticks(sorted({row["batch_size"] for row in bench["rows"]}))
+        one.xaxis.set_major_formatter("{x:.0f}")
+        one.set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
 def principal_colours(maps: Tensor, on_image: Tensor) -> Tensor:
     """The first three principal components of all cells that lie on an image, as red, green and blue.
 
