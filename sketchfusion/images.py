@@ -19,7 +19,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -40,6 +42,7 @@ ACCEPTED = (
 )
 URL_SECONDS = 20.0  # in all, from looking up the name to the last byte
 URL_BYTES = 64 * 2**20
+READERS = min(8, os.cpu_count() or 1)  # threads
 
 
 class Geometry(NamedTuple):
@@ -185,6 +188,37 @@ def as_stream(images: object) -> tuple[Iterator[ImageInput], bool]:
         return iter(images), False  # type: ignore[call-overload]
     except TypeError:
         raise _not_an_image(images) from None
+
+
+def read_ahead(
+    images: Iterator[ImageInput], preprocess: Preprocess, count: int
+) -> Iterator[Future[tuple[Tensor, Geometry]]]:
+    """Every image preprocessed, in order; threads read and decode up to `count` files and URLs ahead.
+
+    What is in memory already is preprocessed as it is drawn, and nothing is drawn before its turn: who made it may
+    write the next one into it, or may be a camera.
+    """
+    waiting: deque[Future[tuple[Tensor, Geometry]]] = deque()
+    readers = ThreadPoolExecutor(READERS, thread_name_prefix="sketchfusion-reader")
+    try:
+        for image in images:
+            if isinstance(image, str | os.PathLike):
+                waiting.append(readers.submit(preprocess, image))
+                if len(waiting) > count:
+                    yield waiting.popleft()
+                continue
+            while waiting:
+                yield waiting.popleft()
+            prepared: Future[tuple[Tensor, Geometry]] = Future()
+            try:
+                prepared.set_result(preprocess(image))
+            except ImageError as error:
+                prepared.set_exception(error)
+            yield prepared
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        readers.shutdown(cancel_futures=True)
 
 
 def open_image(image: ImageInput) -> Image.Image | Strokes:

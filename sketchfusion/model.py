@@ -29,7 +29,7 @@ from .features import Features
 from .fusion.aggregation import Aggregator, max_pool
 from .fusion.injection import Adapters
 from .hub import Location
-from .images import Geometry, ImageInput, Preprocess, as_stream, collate
+from .images import Geometry, ImageInput, Preprocess, as_stream, collate, read_ahead
 from .loading import (
     INSIDE,
     MARKERS,
@@ -331,7 +331,8 @@ class SketchFusion(nn.Module):
     ) -> Iterator[Features]:
         """`encode`, yielding Features batch by batch in host memory: memory does not grow with the images.
 
-        Where an image is refused, the good ones before it are yielded first. Arguments and errors as for `encode`.
+        While a batch is computed, threads read and decode the files and URLs of the next. Where an image is refused,
+        the good ones before it are yielded first. Arguments and errors as for `encode`.
         """
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
@@ -400,9 +401,9 @@ class SketchFusion(nn.Module):
         # By default only where somebody looks (tqdm's None), and only if it takes a while.
         disable, delay = (None, 2) if progress is None else (not progress, 0)
         with tqdm(total=total, desc="encode", unit="image", disable=disable, delay=delay) as bar:
-            for index, image in enumerate(images):
+            for index, prepared in enumerate(read_ahead(images, options.preprocess, limit)):
                 try:
-                    pending.append(options.preprocess(image))
+                    pending.append(prepared.result())
                 except ImageError as error:
                     yield from flush()
                     position = None if single else index
