@@ -32,6 +32,7 @@ ROOMS = {
     "tasks.correspondence": ("Correspondence", "match", "pck"),
     "tasks.segmentation": ("Segmentation", "similarity", "predict", "mask_iou", "pixel_accuracy"),
     "evaluation.rows": ("Extractor",),
+    "evaluation.bench": ("bench",),
     "evaluation.protocols": (
         "Result", "zs_sbir", "fg_sbir", "recognition", "correspondence", "segmentation",
     ),

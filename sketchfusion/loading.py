@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -44,8 +45,16 @@ class Networks:
     variant: str | None
 
     @classmethod
-    def load(cls, origins: dict[str, Origin], dtype: torch.dtype, variant: str | None) -> Self:
-        vae, unet, scheduler = diffusion_backbone.load(origins["diffusion"], dtype, variant)
+    def load(
+        cls,
+        origins: dict[str, Origin],
+        dtype: torch.dtype,
+        variant: str | None,
+        *,
+        taps: Collection[str] | None = None,
+    ) -> Self:
+        """Both backbones; with `taps` only what encoding to these needs of them."""
+        vae, unet, scheduler = diffusion_backbone.load(origins["diffusion"], dtype, variant, taps=taps)
         vision = semantic_backbone.load(origins["semantic"], dtype)
         return cls(vae, unet, scheduler, vision, origins, variant)
 

@@ -168,7 +168,7 @@ class SketchFusion(nn.Module):
             else:
                 origins[name] = find_origin(backbone.source, backbone.revision, access, MARKERS[name])
         torch_dtype = resolve_dtype(dtype, resolve_device(device))
-        networks = Networks.load(origins, torch_dtype, variant)
+        networks = Networks.load(origins, torch_dtype, variant, taps=config.taps)
         model = cls._build(config, networks, null_prompt, device)
         model._load_weights(weights, weights_path)
         if compile:
@@ -216,7 +216,9 @@ class SketchFusion(nn.Module):
             "diffusion": find_origin(diffusion, diffusion_revision, access, MARKERS["diffusion"]),
             "semantic": find_origin(semantic, semantic_revision, access, MARKERS["semantic"]),
         }
-        networks = Networks.load(origins, resolve_dtype(dtype, resolve_device(device)), variant)
+        taps = settings.get("taps", Config.taps)
+        taps = taps if isinstance(taps, list | tuple) else ()  # what else it may be is refused below
+        networks = Networks.load(origins, resolve_dtype(dtype, resolve_device(device)), variant, taps=taps)
         config = default_config(networks, settings)
         if null_prompt is None:
             null_prompt = diffusion_backbone.make_null_prompt(origins["diffusion"], variant)
@@ -569,7 +571,7 @@ class SketchFusion(nn.Module):
         if not self.diffusion.folded:
             return
         checkpointing = self.diffusion.unet.is_gradient_checkpointing
-        networks = diffusion_backbone.load(self._origins["diffusion"], self.dtype, self._variant)
+        networks = diffusion_backbone.load(self._origins["diffusion"], self.dtype, self._variant, taps=self.config.taps)
         self.diffusion = _diffusion(self.config, *networks, self._null_prompt, fold=False).to(self.device)
         if checkpointing:
             self.enable_gradient_checkpointing()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from sketchfusion import ConfigError, Features, ImageError, SketchFusion, SketchFusionError, Strokes
@@ -474,6 +476,26 @@ def test_what_never_runs_is_gone(model: SketchFusion) -> None:
     assert not [name for name in names if "decoder" in name or "post_quant" in name]
     assert not [name for name in names if "up_blocks.3" in name or name.startswith("unet.conv_out")]
     assert [name for name in names if "up_blocks.2" in name]
+
+
+def test_what_never_runs_is_not_even_read(backbones: dict[str, Path], built: SketchFusion, tmp_path: Path) -> None:
+    shutil.copytree(backbones["diffusion"], tmp_path / "diffusion")
+    never = ("decoder.", "post_quant_conv.", "up_blocks.3.", "conv_norm_out.", "conv_out.")
+    dropped = 0
+    for part in ("vae", "unet"):
+        path = tmp_path / "diffusion" / part / "diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(never)}
+        dropped += len(weights) - len(kept)
+        save_file(kept, path, metadata={"format": "pt"})
+    assert dropped > 100
+    torch.manual_seed(2)  # as for `built`
+    model = SketchFusion.from_backbones(
+        tmp_path / "diffusion", backbones["semantic"], dtype="float32", device="cpu",
+        aggregator_width=32, aggregator_grid=12,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="UNTRAINED"):
+        assert agree(model.encode(PICTURES[0]), built.encode(PICTURES[0]))
 
 
 # ---- memory

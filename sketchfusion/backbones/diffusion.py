@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -33,7 +34,7 @@ class DiffusionBackbone(Frozen):
     """Frozen Stable Diffusion 1.x or 2.x: image -> latents -> noised latents -> maps at the tapped blocks.
 
     The UNet runs once, at `timestep`, under the null prompt, and stops after the last tap. The decoder and the
-    blocks behind the last tap are freed, and what timestep and prompt make constant is folded (`folding.py`).
+    blocks behind the last tap are not there, and what timestep and prompt make constant is folded (`folding.py`).
     Nothing here ever gets a gradient or enters training mode.
 
     Args:
@@ -76,7 +77,8 @@ class DiffusionBackbone(Frozen):
         self.alpha_bar, self.timestep, self.noise_seed = alpha_bar, timestep, noise_seed
         self.taps, self.folded = tuple(taps), fold
         self.register_buffer("null_prompt", null_prompt.to(unet.dtype), persistent=False)
-        self._free_what_never_runs()
+        drop_decoder(vae)
+        drop_behind(unet, taps)
         fold_vae(vae)
         if fold:
             fold_unet(unet, timestep, null_prompt)
@@ -168,18 +170,6 @@ class DiffusionBackbone(Frozen):
             prompt = self.null_prompt.expand(len(noised), -1, -1)
         return {"temb": embedding, "encoder_hidden_states": prompt}
 
-    def _free_what_never_runs(self) -> None:
-        self.vae.decoder = self.vae.post_quant_conv = None
-        unet = self.unet
-        blocks = list(block_widths(unet))
-        last = max(blocks.index(tap) for tap in self.taps)
-        kept = blocks[: last + 1]
-        unet.down_blocks = unet.down_blocks[: sum(name.startswith("down") for name in kept)]
-        unet.up_blocks = unet.up_blocks[: sum(name.startswith("up") for name in kept)]
-        if "mid" not in kept:
-            unet.mid_block = None
-        unet.conv_norm_out = unet.conv_act = unet.conv_out = None
-
 
 def _accepted(block: nn.Module, context: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """Blocks without cross attention take no prompt."""
@@ -196,15 +186,59 @@ def block_widths(unet: Any) -> dict[str, int]:
     )
 
 
-def load(origin: Location | Any, dtype: torch.dtype, variant: str | None) -> tuple[Any, Any, Any]:
+def drop_decoder(vae: Any) -> None:
+    """Free of an `AutoencoderKL` what encoding does not need."""
+    vae.decoder = vae.post_quant_conv = None
+
+
+def drop_behind(unet: Any, taps: Collection[str]) -> None:
+    """Free of a UNet what lies behind the last tap."""
+    blocks = list(block_widths(unet))
+    known = [blocks.index(tap) for tap in taps if tap in blocks]
+    if not known:  # the configuration is wrong, and checked when there is all of it
+        return
+    kept = blocks[: max(known) + 1]
+    unet.down_blocks = unet.down_blocks[: sum(name.startswith("down") for name in kept)]
+    unet.up_blocks = unet.up_blocks[: sum(name.startswith("up") for name in kept)]
+    if "mid" not in kept:
+        unet.mid_block = None
+    unet.conv_norm_out = unet.conv_act = unet.conv_out = None
+
+
+def _cut(kind: Any, drop: Callable[[Any], None]) -> Any:
+    """A class of diffusers whose models drop something as soon as they are built.
+
+    Its `from_pretrained` builds without memory first, and then reads the weights that have a place: what was dropped
+    is never read.
+    """
+
+    @functools.wraps(kind.__init__)  # diffusers takes a configuration's keys from the signature
+    def build(self: Any, *arguments: Any, **settings: Any) -> None:
+        kind.__init__(self, *arguments, **settings)
+        drop(self)
+
+    return type(kind.__name__, (kind,), {"__init__": build})
+
+
+def load(
+    origin: Location | Any, dtype: torch.dtype, variant: str | None, *, taps: Collection[str] | None = None
+) -> tuple[Any, Any, Any]:
     """VAE, UNet and scheduler from a location in diffusers' layout, or from a loaded pipeline (copied, not touched).
+
+    Args:
+        taps: of a location, read only what encoding to these taps needs; None reads all.
 
     Raises:
         LoadError: something is missing, not safetensors, corrupt, or a UNet of another family.
     """
     if isinstance(origin, Location):
-        vae = origin.inside("vae").load(AutoencoderKL, WEIGHTS, variant=variant, torch_dtype=dtype)
-        unet = origin.inside("unet").load(UNet2DConditionModel, WEIGHTS, variant=variant, torch_dtype=dtype)
+        vae_class: Any = AutoencoderKL
+        unet_class: Any = UNet2DConditionModel
+        if taps is not None:
+            vae_class = _cut(vae_class, drop_decoder)
+            unet_class = _cut(unet_class, functools.partial(drop_behind, taps=taps))
+        vae = origin.inside("vae").load(vae_class, WEIGHTS, variant=variant, torch_dtype=dtype)
+        unet = origin.inside("unet").load(unet_class, WEIGHTS, variant=variant, torch_dtype=dtype)
         path = origin.file(SCHEDULER)
         with origin.explained(f"reading {path}"):
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -274,7 +308,7 @@ def _load_text_encoder(origin: Location | Any, variant: str | None) -> tuple[Any
 def save_complete(origin: Location | Any, target: Path, variant: str | None) -> None:
     """Write the whole VAE and UNet and the scheduler's configuration, in diffusers' layout, into `target`.
 
-    From the origin, since what never runs was freed after loading.
+    From the origin, since what never runs was not loaded.
     """
     if isinstance(origin, Location):
         for part in ("vae", "unet"):
