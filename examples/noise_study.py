@@ -3,8 +3,9 @@
     python examples/noise_study.py FOLDER… [--images 16] [--model mini] [--plot noises.png]
 
 Diffusion features are those of noised latents, so each noise gives others; an ensemble averages them. For every way to
-draw k noises this prints the mean cosine, over images, cells and trials, between the dense map from the mean of k
-draws and the one from the mean of 256 others, and the same for the pooled vector. Ways:
+draw k noises this prints how far the features from the mean of k draws are from those from the mean of 256 others
+(antithetic ones): the mean squared difference as a share of the features' variance over all images and cells, averaged
+over trials, for the dense map and for the pooled vector. Ways:
 
     random       independent draws, as the released script's
     antithetic   pairs of a noise and its negative: what is odd in the noise cancels
@@ -18,12 +19,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sketchfusion import Features, SketchFusion
 from sketchfusion.evaluation.analysis import find_images
-from sketchfusion.images import Geometry, collate
+from sketchfusion.images import collate
 
 REFERENCE = 256
 COUNTS = (1, 2, 4, 8, 16, 32)
@@ -73,11 +73,16 @@ class Study:
                 totals[tap] = totals.get(tap, 0) + found.float() / len(noises)
         return self.model.aggregate({tap: total.to(self.latents.dtype) for tap, total in totals.items()}, self.geometry)
 
-    def agreement(self, found: Features, reference: Features) -> tuple[float, float]:
-        """Mean cosine over the cells on the images, and over the pooled vectors."""
-        on_image = Geometry.mask(self.geometry, found.dense.shape[-1]).to(found.dense.device)
-        cells = F.cosine_similarity(found.dense, reference.dense, dim=1)[on_image].mean()
-        return cells.item(), F.cosine_similarity(found.pooled, reference.pooled, dim=1).mean().item()
+    def error(self, found: Features, reference: Features) -> tuple[float, float]:
+        """Of the cells on the images, and of the pooled vectors: a share of their variance."""
+        on_image = self.geometry.mask(found.dense.shape[-1]).to(found.dense.device)
+        cells = (features.dense.movedim(1, -1)[on_image] for features in (found, reference))
+        return share_of_variance(*cells), share_of_variance(found.pooled, reference.pooled)
+
+
+def share_of_variance(found: Tensor, reference: Tensor) -> float:
+    found, reference = found.double(), reference.double()
+    return ((found - reference).square().sum() / (reference - reference.mean(0)).square().sum()).item()
 
 
 def draws(trials: int) -> Iterator[tuple[str, int, int]]:
@@ -91,12 +96,12 @@ def draws(trials: int) -> Iterator[tuple[str, int, int]]:
 def study(model: SketchFusion, paths: list[Path], trials: int) -> dict[str, dict[int, dict[str, float]]]:
     batch = Study(model, paths)
     shape = batch.latents.shape[1:]
-    reference = batch.features(random(REFERENCE, shape, torch.Generator().manual_seed(10**6)))
+    reference = batch.features(antithetic(REFERENCE, shape, torch.Generator().manual_seed(10**6)))
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for way, k, trial in draws(trials):
         noises = WAYS[way](k, shape, torch.Generator().manual_seed(trial))
-        found.setdefault((way, k), []).append(batch.agreement(batch.features(noises), reference))
-    found["none", 1] = [batch.agreement(batch.features(torch.zeros(1, *shape)), reference)]
+        found.setdefault((way, k), []).append(batch.error(batch.features(noises), reference))
+    found["none", 1] = [batch.error(batch.features(torch.zeros(1, *shape)), reference)]
     curves: dict[str, dict[int, dict[str, float]]] = {}
     for (way, k), pairs in found.items():
         dense, pooled = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
@@ -110,12 +115,12 @@ def draw(curves: Mapping[str, Mapping[int, Mapping[str, float]]], path: str) -> 
     figure, ((left, right),) = plots.new_figure(1, 2, 9, 3.4)
     for axes, kind in ((left, "dense"), (right, "pooled")):
         for way, points in curves.items():
-            axes.plot(list(points), [1 - point[kind] for point in points.values()], "o-", ms=4, label=way)
+            axes.plot(list(points), [point[kind] for point in points.values()], "o-", ms=4, label=way)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(COUNTS, [str(k) for k in COUNTS])
         axes.set_xlabel("noises", fontsize=8)
-        axes.set_ylabel(f"1 − cosine with {REFERENCE} noises", fontsize=8)
+        axes.set_ylabel("error, share of the variance", fontsize=8)
         axes.set_title(kind, fontsize=9, loc="left")
     left.legend(fontsize=7, frameon=False)
     plots.save(figure, path)
@@ -133,7 +138,7 @@ def main() -> None:
     curves = study(SketchFusion.from_pretrained(arguments.model, dtype="float32"), paths, arguments.trials)
     for way, points in curves.items():
         for k, point in points.items():
-            print(f"{way:<11} {k:>3}  dense {point['dense']:.5f}  pooled {point['pooled']:.5f}")
+            print(f"{way:<11} {k:>3}  dense {point['dense']:.2e}  pooled {point['pooled']:.2e}")
     if arguments.plot:
         draw(curves, arguments.plot)
         Path(arguments.plot).with_suffix(".json").write_text(json.dumps(curves, indent=1) + "\n")

@@ -522,6 +522,8 @@ class SketchFusion(nn.Module):
     def tap(self, latents: Tensor, tokens: Tensor | None, *, ensemble: int | None = None) -> dict[str, Tensor]:
         """The tapped maps of the UNet, after injection, averaged over the ensemble.
 
+        Of a batch smaller than the default several noised copies pass the UNet together.
+
         Args:
             latents: from `embed`.
             tokens: from `embed`; None injects nothing, which is plain Stable Diffusion.
@@ -532,13 +534,17 @@ class SketchFusion(nn.Module):
         """
         members = self.config.ensemble if ensemble is None else ensemble
         check_ensemble(members)
-        hooks = {} if tokens is None else self.adapters(tokens)
+        together = max(1, min(members, self.default_batch_size // max(1, len(latents))))
         maps: dict[str, Tensor] = {}
-        for member in range(members):
-            noised = self.diffusion.add_noise(latents, member)
+        for first in range(0, members, together):
+            chunk = range(first, min(first + together, members))
+            noised = torch.cat([self.diffusion.add_noise(latents, member) for member in chunk])
+            hooks = {} if tokens is None else self.adapters(tokens, copies=len(chunk))
             tapped = self.diffusion(noised, hooks, inject_skips=self.config.inject_skips)
-            # Summed in float32: thirty-two terms would cost half precision a digit.
-            maps = {tap: maps.get(tap, 0) + tapped[tap].float() / members for tap in tapped}
+            for tap, found in tapped.items():
+                # Summed in float32: thirty-two terms would cost half precision a digit.
+                total = found.float().unflatten(0, (len(chunk), len(latents))).sum(0) / members
+                maps[tap] = maps.get(tap, 0) + total
         return {tap: total.to(latents.dtype) for tap, total in maps.items()}
 
     def aggregate(self, maps: Mapping[str, Tensor], geometry: Geometry) -> Features:

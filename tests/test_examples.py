@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sketchfusion import SketchFusion
 from sketchfusion.loading import BUNDLED
@@ -59,6 +60,21 @@ def test_runs_on_drawn_shapes(
     assert {(metric, when) for metric in METRICS[name] for when in ("before", after)} <= shown.keys()
     assert all(0 <= value <= 1 for value in shown.values())
     assert (out / "model.safetensors").is_file() == adapters
+
+
+def test_more_noises_come_closer(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(2):
+        Image.effect_noise((40, 40), 40 + 40 * seed).save(tmp_path / f"{seed}.png")
+    options = ["--model", checkpoint, "--trials", "2", "--plot", str(tmp_path / "noises.pdf")]
+    monkeypatch.setattr(sys, "argv", ["noise_study", str(tmp_path), *options])
+    runpy.run_path(str(EXAMPLES / "noise_study.py"), run_name="__main__")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    errors = {(way, int(k)): float(dense) for way, k, _, dense, *_ in lines}
+    assert errors["random", 1] > errors["random", 4] > errors["random", 16]
+    assert errors["antithetic", 2] < errors["random", 2]
+    assert (tmp_path / "noises.pdf").stat().st_size > 0
 
 
 @pytest.mark.parametrize("name", METRICS)

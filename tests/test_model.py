@@ -108,7 +108,7 @@ def test_another_process_gets_the_same(model: SketchFusion, tmp_path: Path) -> N
 
 
 def test_ensembles_average_antithetic_maps_and_encode_once(model: SketchFusion) -> None:
-    calls = {"vae": 0, "unet": 0, "aggregator": 0}
+    calls, passes = {"vae": 0, "aggregator": 0}, list[int]()
 
     def counting(name: str) -> Any:
         def hook(*_: Any) -> None:
@@ -117,10 +117,13 @@ def test_ensembles_average_antithetic_maps_and_encode_once(model: SketchFusion) 
         return hook
 
     model.diffusion.vae.encoder.register_forward_hook(counting("vae"))
-    model.diffusion.register_forward_hook(counting("unet"))
+    model.diffusion.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
     model.aggregator.register_forward_hook(counting("aggregator"))
     four = model.encode(PICTURES[0], ensemble=4)
-    assert calls == {"vae": 1, "unet": 4, "aggregator": 1}
+    assert calls == {"vae": 1, "aggregator": 1}
+    assert passes == [4]  # one image: its copies pass together
+    model.encode(PICTURES[:3], ensemble=4)
+    assert passes == [4, 6, 6]  # of eight at a time, two copies of three images
     assert distance(four.dense, model.encode(PICTURES[0]).dense) > 1e-3
 
     pixels, _ = model.preprocess(PICTURES[0])
@@ -128,6 +131,10 @@ def test_ensembles_average_antithetic_maps_and_encode_once(model: SketchFusion) 
     noised = [model.diffusion.add_noise(latents, member) for member in range(4)]
     clean = model.diffusion.alpha_bar**0.5 * latents
     assert torch.allclose(noised[0] + noised[1], 2 * clean, atol=1e-6)
+    hooks = model.adapters(tokens)
+    apart = [model.diffusion(one, hooks, inject_skips=True) for one in noised]
+    for tap, together in model.tap(latents, tokens, ensemble=4).items():
+        assert distance(together, sum(one[tap] for one in apart) / 4) < 1e-5
     assert torch.allclose(noised[2] + noised[3], 2 * clean, atol=1e-6)
     assert not torch.allclose(noised[0], noised[2])
     hooks = model.adapters(tokens)

@@ -31,16 +31,21 @@ class Adapters(Masters):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor) -> dict[str, Hook]:
+    def forward(self, tokens: Tensor, copies: int = 1) -> dict[str, Hook]:
         """Token grid (N, token_width, t, t) -> the hook of every site, to be called by the UNet loop.
 
         All adapters are one matrix product, projecting the tokens before any resize.
+
+        Args:
+            copies: the maps that will be injected into are those of the N images, so many times over.
         """
         adapters: list[Any] = list(self.sites.values())
         if not adapters:
             return {}
         weight = torch.cat([adapter.weight.flatten(1).to(tokens.dtype) for adapter in adapters])
         bias = torch.cat([adapter.bias.to(tokens.dtype) for adapter in adapters])
-        projected = F.linear(tokens.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-        additions = projected.split([adapter.out_channels for adapter in adapters], dim=1)
+        projected = F.linear(tokens.permute(0, 2, 3, 1), weight, bias)
+        if copies > 1:
+            projected = projected.repeat(copies, 1, 1, 1)
+        additions = projected.permute(0, 3, 1, 2).split([adapter.out_channels for adapter in adapters], dim=1)
         return {site: partial(inject, addition=addition) for site, addition in zip(self.sites, additions, strict=True)}
