@@ -2,7 +2,7 @@
 
     python examples/segmentation.py --data voc --root voc --sketches tuberlin --sketches-root tuberlin [--adapters]
 
-Prints mIoU and pAcc of photos and sketches kept apart, a quarter of each. Without --root, images are drawn.
+Prints mIoU and pAcc of photos and sketches kept apart, a fifth of each. Without --root, images are drawn.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ args = options(__doc__, data="voc", sketches="tuberlin", sketches_root="", per_c
 data = load(args.data, args.root) if args.root else draw_shapes()
 if args.sketches_root:
     data = replace(data, records=data.photos + load(args.sketches, args.sketches_root, classes=data.classes).sketches)
-kept, held_out = (replace(data, records=part) for part in split(limited(data, args.per_class).records, 0.25))
+kept, held_out = (replace(data, records=part) for part in split(limited(data, args.per_class).records, 0.2))
 masks = {photo: torch.from_numpy(photo.read_mask()) for photo in kept.photos + held_out.photos}
 model = SketchFusion.from_pretrained(args.model)
 task = Segmentation(kept, kept, pairs=8, others=0.1)  # at the default, so few photos teach to find nothing

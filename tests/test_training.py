@@ -28,6 +28,7 @@ from sketchfusion.training import Settings, train
 from sketchfusion.training.cache import SHARD, Entry, FrozenCache, backbones_key, pixels_of
 from sketchfusion.training.checkpoints import STATE, load_head
 from sketchfusion.training.jobs import make_job
+from sketchfusion.training.loop import _look_at
 from sketchfusion.training.views import View, draw_view, look
 
 SHAPES = {"disc": "ellipse", "block": "rectangle", "wedge": "polygon"}
@@ -324,6 +325,20 @@ class TestViews:
         assert draw_view(record, 1, seed=0) == draw_view(record, 1, seed=0)
         views = {draw_view(r, k, seed=s) for r in shapes.records[:2] for k in (1, 2) for s in (0, 1)}
         assert len(views) == 8
+
+    @pytest.mark.parametrize(("views", "shown"), [(1, {(0,)}), (2, {(0,), (1,)}), (3, {(0, 2), (1,)})])
+    def test_a_batch_is_mirrored_whole_or_not_at_all(
+        self, views: int, shown: set[tuple[int, ...]], shapes: DataSet
+    ) -> None:
+        """And which views are mirrored can be seen in where a view's right lies in the image."""
+        records = list(shapes.records[:12])
+        random = np.random.default_rng(0)
+        batches = [_look_at(records, views, random) for _ in range(20)]
+        assert {tuple(sorted({entry.view for entry in batch})) for batch in batches} == shown
+        for entry in (entry for batch in batches for entry in batch if entry.view):
+            affine = draw_view(entry.record, entry.view, seed=0).affine
+            assert affine is not None
+            assert (affine[0] < 0) == bool(entry.view % 2)
 
     @pytest.mark.parametrize("kind", ["photo", "sketch"])
     def test_points_and_mask_move_with_the_image(self, kind: Any, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from . import Sample
 
 CONVENTIONS = ("zse", "sake", "sem-pcyc")
 TIES = "equal similarities keep the gallery's order"
+Item = TypeVar("Item")
 BLOCK_BYTES = 2**28  # what a block of similarities and its ranking may take
 
 # ---- loss
@@ -94,6 +95,9 @@ class Retrieval(nn.Module):
             self._photo_of = {record.photo: record for record in data.photos}
         self._photos = {name: photos[name] for name in sorted(photos.keys() & sketches.keys())}
         self._sketches = {name: sketches[name] for name in self._photos}
+        self._by_photo = {
+            name: list(_grouped(group, lambda sketch: sketch.photo).values()) for name, group in self._sketches.items()
+        }
         if not self._photos:
             raise SketchFusionError(
                 f"{data.name} ({data.split}): no class has both sketches and photos"
@@ -104,20 +108,15 @@ class Retrieval(nn.Module):
 
     def batch(self, generator: np.random.Generator) -> list[Record]:
         names = generator.permutation(list(self._photos))[: self.classes]
-        sketches = [sketch for name in names for sketch in self._draw(generator, self._sketches[name])]
-        if self.level == "fine":
-            photos = [self._photo_of[sketch.photo] for sketch in sketches]
-        else:
-            photos = [photo for name in names for photo in self._draw(generator, self._photos[name])]
-        return sketches + photos
-
-    def _draw(self, generator: np.random.Generator, records: list[Record]) -> list[Record]:
         if self.level == "fine":  # one sketch a photo, so that a class's photos differ
-            groups = list(_grouped(records, lambda record: record.photo).values())
-            chosen = generator.permutation(len(groups))[: self.per_class]
-            return [groups[i][generator.integers(len(groups[i]))] for i in chosen]
-        rows = generator.permutation(len(records))[: self.per_class]
-        return [records[row] for row in rows]
+            groups = [group for name in names for group in self._some(generator, self._by_photo[name])]
+            sketches = [group[generator.integers(len(group))] for group in groups]
+            return sketches + [self._photo_of[sketch.photo] for sketch in sketches]
+        sides = (self._sketches, self._photos)
+        return [record for side in sides for name in names for record in self._some(generator, side[name])]
+
+    def _some(self, generator: np.random.Generator, items: list[Item]) -> list[Item]:
+        return [items[row] for row in generator.permutation(len(items))[: self.per_class]]
 
     def loss(self, features: Features, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
         sketch = torch.tensor([sample.record.kind == "sketch" for sample in samples])

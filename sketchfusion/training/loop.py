@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..data import Record
 from ..errors import ConfigError, SketchFusionError
 from ..images import Geometry
 from ..model import SketchFusion
@@ -300,7 +301,7 @@ class _Batches:
         random = np.random.default_rng([self.settings.seed, number, self.rank])
         # Without a cache nothing is gained by seeing the same view again.
         views = self.settings.views if self.cache is not None or self.settings.views == 1 else 2**31
-        plan = [[Entry(record, int(random.integers(views))) for record in task.batch(random)] for task in self.tasks]
+        plan = [_look_at(task.batch(random), views, random) for task in self.tasks]
         entries = [entry for part in plan for entry in part]
         seed = self.settings.seed
         found: Any = (
@@ -319,6 +320,12 @@ class _Batches:
             with torch.no_grad():
                 return Embedded(self.model.diffusion.encode(pixels), pixels, geometry)
         return Embedded(*self.model.embed(pixels), geometry)
+
+
+def _look_at(records: list[Record], views: int, random: np.random.Generator) -> list[Entry]:
+    """A view of each, all of them mirrored or none: a sketch faces the way its photo does, which tells photos apart."""
+    alike = range(int(random.integers(min(2, views))), views, 2)
+    return [Entry(record, alike[int(random.integers(len(alike)))]) for record in records]
 
 
 def _sample(entry: Entry, geometry: Geometry, seed: int) -> Sample:
