@@ -131,6 +131,17 @@ def test_its_fused_map_is_the_mask_of_an_animal_it_had_no_mask_of(extracted: Cal
     assert miou["fused"] > max(miou["semantic"], miou["diffusion"], miou["whole-photo"])
 
 
+def test_bfloat16_keeps_its_features() -> None:
+    images = [Path(__file__).parents[1] / "examples" / "images" / name for name in ("cat.svg", "cat.jpg")]
+    exact, rough = (
+        SketchFusion.from_pretrained("mini", device="cpu", dtype=dtype).encode(images).dense
+        for dtype in ("float32", "bfloat16")
+    )
+    cosines = torch.nn.functional.cosine_similarity(exact, rough, dim=1).flatten().sort().values
+    assert cosines.mean() > 0.9999
+    assert cosines[len(cosines) // 100] > 0.9995
+
+
 def test_its_weights_are_small_and_in_half_precision() -> None:
     files = sorted(MINI.rglob("*.safetensors"))
     assert len(files) == 4
