@@ -1,9 +1,12 @@
 """The benchmark: its peers compute what the model computes, and its figures are of what they say."""
 
+import gc
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from conftest import Done
 from torch.utils.flop_counter import FlopCounterMode
 
-from sketchfusion import ConfigError, SketchFusion
+from sketchfusion import ConfigError, SketchFusion, SketchFusionError
 from sketchfusion.evaluation import bench as benchmark
 from sketchfusion.evaluation.bench import OURS, bench
 from sketchfusion.evaluation.peers import DIFT_ENSEMBLE, PlainLoop
@@ -116,6 +119,23 @@ def test_the_model_is_left_as_it_was(model: SketchFusion, batch: tuple[torch.Ten
 def test_illegal_arguments(model: SketchFusion, arguments: dict, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         bench(model, **arguments, progress=False)
+
+
+def test_too_little_memory_names_what_to_change(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cramped(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(model, "forward", cramped)
+    with pytest.raises(SketchFusionError, match=r"out of memory on cpu at 4 images of 64 px.*fewer peers"):
+        bench(model, batch_sizes=[4], peers=[], progress=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak can be set back on Linux only")
+def test_memory_is_what_a_run_adds() -> None:
+    gc.collect()  # what other tests left would be given back meanwhile
+    with benchmark._watched(torch.device("cpu")) as added:
+        torch.ones(2**26)  # 256 MiB, given back at once
+    assert not added or 200 < added[0] / 2**20 < 300
 
 
 def test_on_the_command_line(model: SketchFusion, command: Callable[..., Done], tmp_path: Path) -> None:

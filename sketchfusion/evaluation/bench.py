@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ..backbones.published import CLIP_L14_336, SD21_UNET, SD_SCHEDULER, SD_VAE
 from ..config import check_ensemble
-from ..errors import ConfigError
+from ..errors import ConfigError, SketchFusionError
 from ..images import Geometry, Preprocess, collate
 from ..loading import PathLike
 from ..model import SketchFusion
@@ -78,6 +79,7 @@ def bench(
     Raises:
         ConfigError: an argument is unknown or illegal.
         LoadError: the model cannot be loaded.
+        SketchFusionError: the GPU's memory is too small.
     """
     for peer in peers:
         if peer not in PEERS:
@@ -103,7 +105,13 @@ def bench(
     total = len(plans) * (1 + len(loops)) * (runs + 1)
     with tqdm(total=total, desc="bench", unit="run", disable=None if progress is None else not progress) as bar:
         for view, count, ensemble in plans:
-            rows += _compare(model, loops, view, count, ensemble, runs, result["peak_tflops"], bar)
+            try:
+                rows += _compare(model, loops, view, count, ensemble, runs, result["peak_tflops"], compile, bar)
+            except torch.OutOfMemoryError as error:
+                raise SketchFusionError(
+                    f"out of memory on {model.device} at {count} images of {view.size} px, with the weights of all "
+                    "these peers there at once: use a smaller batch size, or fewer peers"
+                ) from error
     return result | {"rows": rows}
 
 
@@ -155,6 +163,7 @@ def _compare(
     ensemble: int,
     runs: int,
     peak: float,
+    compiled: bool,
     bar: Any,
 ) -> list[dict[str, Any]]:
     """The rows of one combination, ours first."""
@@ -167,21 +176,24 @@ def _compare(
             ways[name] = partial(peer.released if name == "released" else peer, pixels, ensemble)
     dense: dict[str, Any] = {}
     flops: dict[str, int] = {}
-    memory: dict[str, int] = {}
+    memory: dict[str, list[int]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
         for name, way in ways.items():
-            with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
+            # What is compiled cannot be counted: it runs once as it was written, and is compiled afterwards.
+            mode = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
+            with torch.compiler.set_stance("force_eager"), mode as counter:
                 dense[name] = way()
             flops[name] = counter.get_total_flops()
+            if name == OURS and compiled:
+                dense[name] = way()
             bar.update()
         for _ in range(runs):
             for name, way in ways.items():
-                _restart_peak(model.device)
-                before = _resident(model.device)
-                taken, _ = _timed(way, model.device)
+                with _watched(model.device) as added:
+                    taken, _ = _timed(way, model.device)
                 seconds[name].append(taken)
-                memory[name] = max(memory.get(name, 0), _peak(model.device) - before)
+                memory.setdefault(name, []).extend(added)
                 bar.update()
         parts = [_seconds_by_part(model, pixels, geometry, ensemble) for _ in range(runs)]
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
@@ -202,7 +214,7 @@ def _compare(
             "tflop_per_image": flops[name] / count / 1e12,
             "tflops": reached,
             "of_peak": reached / peak if dtype is model.dtype else None,
-            "peak_memory_gib": (held + memory[name]) / 2**30 if memory[name] >= 0 else None,
+            "peak_memory_gib": (held + max(memory[name])) / 2**30 if memory[name] else None,
             "ratio": median / medians[OURS],
             "cosine": None if name in (OURS, "dift") else _agreement(dense[OURS], dense[name]),
         }
@@ -287,32 +299,29 @@ def _bytes(parts: Sequence[nn.Module]) -> int:
     return sum(tensor.nbytes for part in parts for tensor in (*part.parameters(), *part.buffers()))
 
 
-# ---- memory: on CUDA what tensors take; on Linux the process's resident set, whose peak can be set back
-
-
-def _restart_peak(device: torch.device) -> None:
+@contextmanager
+def _watched(device: torch.device) -> Iterator[list[int]]:
+    """Yields a list, into which goes by how many bytes memory was higher at its peak: on CUDA what tensors take, on
+    Linux the process's resident set, whose peak can be set back. Elsewhere it stays empty."""
+    added: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _STATUS.is_file():
+        before = torch.cuda.memory_allocated(device)
+        yield added
+        added.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    try:
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        yield added
+        return
+    before = _resident("VmRSS")
+    yield added
+    added.append(_resident("VmHWM") - before)
 
 
-def _resident(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    """Never above what was resident before where it is not known."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-_STATUS = Path("/proc/self/status")
-
-
-def _status(key: str) -> int:
-    if not _STATUS.is_file():
-        return 0
-    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(key))
+def _resident(key: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
