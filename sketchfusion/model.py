@@ -142,8 +142,8 @@ class SketchFusion(nn.Module):
             diffusion: another place to take the diffusion backbone from: a folder, a Hub repository (a mirror), or
                 a loaded diffusers pipeline, which is never modified.
             semantic: the same for the semantic backbone: a folder, a repository or a loaded transformers model.
-            compile: compile the backbones with `torch.compile`; the first image then takes minutes. No faster on the CPU
-                it was measured on, never run on a GPU: `sketchfusion bench --compile` tells for yours.
+            compile: compile the backbones with `torch.compile`; the first image then takes minutes. No faster on the
+                CPU it was measured on, never run on a GPU: `sketchfusion bench --compile` tells for your machine.
 
         Raises:
             LoadError: naming the repository or file, and what to do.
