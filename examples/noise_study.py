@@ -62,9 +62,8 @@ class Study:
     def maps(self, noise: Tensor) -> dict[str, Tensor]:
         """The tapped maps under one noise, the same for all images."""
         diffusion = self.model.diffusion
-        alpha = diffusion.alpha_bar
-        noised = alpha**0.5 * self.latents.float() + (1 - alpha) ** 0.5 * noise.to(self.latents.device)
-        return diffusion(noised.to(self.latents.dtype), self.hooks, inject_skips=self.model.config.inject_skips)
+        noised = diffusion.mix(self.latents, noise.to(self.latents.device))
+        return diffusion(noised, self.hooks, inject_skips=self.model.config.inject_skips)
 
     def features(self, noises: Tensor) -> Features:
         totals: dict[str, Tensor] = {}

@@ -535,16 +535,17 @@ class SketchFusion(nn.Module):
         """
         members = self.config.ensemble if ensemble is None else ensemble
         check_ensemble(members)
-        together = max(1, min(members, self.default_batch_size // max(1, len(latents))))
+        room = max(1, self.default_batch_size // max(1, len(latents)))
+        together = max(k for k in range(1, min(members, room) + 1) if members % k == 0)
+        hooks = {} if tokens is None else self.adapters(tokens, copies=together)
         maps: dict[str, Tensor] = {}
         for first in range(0, members, together):
-            chunk = range(first, min(first + together, members))
+            chunk = range(first, first + together)
             noised = torch.cat([self.diffusion.add_noise(latents, member) for member in chunk])
-            hooks = {} if tokens is None else self.adapters(tokens, copies=len(chunk))
             tapped = self.diffusion(noised, hooks, inject_skips=self.config.inject_skips)
             for tap, found in tapped.items():
                 # Summed in float32: thirty-two terms would cost half precision a digit.
-                total = found.float().unflatten(0, (len(chunk), len(latents))).sum(0) / members
+                total = found.float().unflatten(0, (together, len(latents))).sum(0) / members
                 maps[tap] = maps.get(tap, 0) + total
         return {tap: total.to(latents.dtype) for tap, total in maps.items()}
 

@@ -111,8 +111,11 @@ class DiffusionBackbone(Frozen):
         """
         generator = torch.Generator().manual_seed(self.noise_seed + member // 2)
         noise = torch.randn(latents.shape[1:], generator=generator).to(latents.device)
-        signed = noise if member % 2 == 0 else -noise
-        noised = self.alpha_bar**0.5 * latents.float() + (1 - self.alpha_bar) ** 0.5 * signed
+        return self.mix(latents, noise if member % 2 == 0 else -noise)
+
+    def mix(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Noise clean latents (N, 4, h, w) to the timestep with `noise` (4, h, w), float32."""
+        noised = self.alpha_bar**0.5 * latents.float() + (1 - self.alpha_bar) ** 0.5 * noise
         return noised.to(latents.dtype)
 
     def forward(

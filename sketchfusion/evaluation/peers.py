@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.diffusion import block_widths
+from ..backbones.diffusion import block_widths, drop_behind
 from ..backbones.semantic import SemanticBackbone
 from ..model import SketchFusion
 
@@ -45,9 +45,8 @@ class PlainLoop:
         for name, block in zip(names, blocks, strict=True):
             block.register_forward_hook(self._hook(name))
         if stop:
-            last = max((int(tap.removeprefix("up")) for tap in config.taps if tap.startswith("up")), default=-1)
-            self.unet.up_blocks = self.unet.up_blocks[: last + 1]
-            self.unet.conv_norm_out, self.unet.conv_out = None, nn.Identity()
+            drop_behind(self.unet, config.taps)
+            self.unet.conv_out = nn.Identity()  # diffusers' forward calls it
 
     @property
     def parts(self) -> list[nn.Module]:
