@@ -11,8 +11,7 @@ import torch
 from synthetic import draw_shapes, options
 
 from sketchfusion import Features, SketchFusion
-from sketchfusion.data import DataSet, load, split
-from sketchfusion.evaluation.protocols import limited
+from sketchfusion.data import DataSet, limited, load, split
 from sketchfusion.tasks.correspondence import Correspondence, match, pck
 from sketchfusion.tasks.retrieval import info_nce
 from sketchfusion.training import Settings, train

@@ -11,8 +11,7 @@ import torch
 from synthetic import draw_shapes, options
 
 from sketchfusion import SketchFusion
-from sketchfusion.data import Record, load, split
-from sketchfusion.evaluation.protocols import limited
+from sketchfusion.data import Record, limited, load, split
 from sketchfusion.tasks.recognition import Recognition, accuracy
 from sketchfusion.training import Settings, train
 

@@ -11,8 +11,7 @@ import torch
 from synthetic import draw_shapes, options
 
 from sketchfusion import SketchFusion
-from sketchfusion.data import DataSet, load
-from sketchfusion.evaluation.protocols import limited
+from sketchfusion.data import DataSet, limited, load
 from sketchfusion.tasks.retrieval import Retrieval, info_nce, rank_metrics
 from sketchfusion.training import Settings, train
 

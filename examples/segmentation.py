@@ -12,8 +12,7 @@ import torch
 from synthetic import draw_shapes, options
 
 from sketchfusion import Features, SketchFusion
-from sketchfusion.data import load, split
-from sketchfusion.evaluation.protocols import limited
+from sketchfusion.data import limited, load, split
 from sketchfusion.tasks import Sample
 from sketchfusion.tasks.segmentation import Segmentation, mask_iou, pixel_accuracy, predict, similarity
 from sketchfusion.training import Settings, train

@@ -200,8 +200,8 @@ def analyze(
     from tqdm.auto import tqdm
 
     from . import plots
+    from .data import spaced
     from .evaluation import analysis
-    from .evaluation.protocols import spaced
     from .model import SketchFusion
 
     plots.require_matplotlib()

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
 from .errors import LoadError, SketchFusionError
+from .files import write_tensors
 from .images import Geometry
 
 FORMAT = "sketchfusion.features.1"  # the `format` in a saved file's metadata
@@ -192,14 +192,7 @@ class Features:
         path = Path(path)
         if not path.name:
             raise SketchFusionError(f"{str(path)!r} is no file to write to")
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, unfinished, metadata)
-            os.replace(unfinished, path)
-        except (OSError, ValueError, SafetensorError) as error:  # ValueError: a null byte in the path
-            raise SketchFusionError(f"{path}: the features cannot be written: {error}") from None
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_tensors(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Features:

@@ -695,10 +695,12 @@ class SketchFusion(nn.Module):
                 diffusion_backbone.save_complete(self._origins["diffusion"], staged / "diffusion", self._variant)
             if "semantic" in include:
                 semantic_backbone.save_complete(self._origins["semantic"], staged / "semantic")
+            readers = (staged / "config.json").stat().st_mode  # save_file leaves its files to the owner alone
             for path in sorted(staged.rglob("*")):
                 if path.is_file():
                     target = directory / path.relative_to(staged)
                     target.parent.mkdir(parents=True, exist_ok=True)
+                    path.chmod(readers)
                     os.replace(path, target)
 
 

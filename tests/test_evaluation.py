@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from sketchfusion import ConfigError, Features, LoadError, SketchFusion, SketchFusionError
-from sketchfusion.data import DataError, DataSet, Record
+from sketchfusion.data import DataError, DataSet, Record, limited
 from sketchfusion.evaluation import PROTOCOLS, ROWS, Extractor, evaluate
 from sketchfusion.evaluation.protocols import (
     THRESHOLDS,
     _ious,
     correspondence,
     fg_sbir,
-    limited,
     recognition,
     segmentation,
     zs_sbir,

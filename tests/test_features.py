@@ -255,6 +255,13 @@ def test_save_and_load(dtype: torch.dtype, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["features.safetensors"]
 
 
+def test_others_may_read_a_saved_file(tmp_path: Path) -> None:
+    batch().save(tmp_path / "features.safetensors")
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    assert (tmp_path / "features.safetensors").stat().st_mode == ordinary.stat().st_mode
+
+
 def test_arrays_are_saved_too(tmp_path: Path) -> None:
     batch().numpy().save(tmp_path / "f")
     same(Features.load(tmp_path / "f"), batch())

@@ -544,6 +544,14 @@ def test_shapes_that_do_not_fit(
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_others_may_read_a_saved_checkpoint(model: SketchFusion, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "checkpoint", include_backbones=True)
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    files = [path for path in (tmp_path / "checkpoint").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {ordinary.stat().st_mode}
+
+
 def test_another_stable_diffusion_does_not_fit(published: Path, tmp_path: Path) -> None:
     other = write_diffusion(tmp_path / "other", cross_attention_dim=16)
     refused(lambda: load(diffusion=other), "24", "16", "another Stable Diffusion")

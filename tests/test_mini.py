@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import SketchFusion
 from sketchfusion.config import Config
-from sketchfusion.data import load, split
+from sketchfusion.data import limited, load, split
 from sketchfusion.evaluation import protocols
 from sketchfusion.evaluation.rows import Extractor
 from sketchfusion.loading import BUNDLED
@@ -127,7 +127,7 @@ def test_its_fused_map_is_the_mask_of_an_animal_it_had_no_mask_of(extracted: Cal
     photos, sketches = load("voc", extracted("voc_animals"), classes=["sheep"]), extracted("sketchy")
     extractor = Extractor(SketchFusion.from_pretrained("mini", device="cpu"), PARTS, progress=False)
     queries = load("sketchy", sketches, classes=["sheep"])
-    miou = by_row(protocols.segmentation(extractor, protocols.limited(photos, 60), queries), "miou")
+    miou = by_row(protocols.segmentation(extractor, limited(photos, 60), queries), "miou")
     assert miou["fused"] > max(miou["semantic"], miou["diffusion"], miou["whole-photo"])
 
 

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from . import folder, psc6k, quickdraw, shoes, sketchy, tuberlin, voc
 from .layout import class_names
 from .records import DataError, DataSet, Record
-from .splits import split
+from .splits import limited, spaced, split
 
 LOADERS = {
     "sketchy": sketchy,
@@ -26,7 +26,7 @@ LOADERS = {
     "shoes": shoes,
 }
 NAMES = tuple(LOADERS)
-__all__ = ["NAMES", "DataError", "DataSet", "Record", "class_names", "load", "split"]
+__all__ = ["NAMES", "DataError", "DataSet", "Record", "class_names", "limited", "load", "spaced", "split"]
 
 
 def load(

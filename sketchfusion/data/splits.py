@@ -1,13 +1,18 @@
-"""A share of the records held out, the same ones whatever else is there."""
+"""Parts of a set: a share held out, or a few of each class; always the same ones."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 from ..errors import ConfigError
-from .records import Record
+from .records import DataSet, Record
+
+Item = TypeVar("Item")
 
 
 def split(records: Sequence[Record], held_out: float, seed: int = 0) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
@@ -34,3 +39,30 @@ def _fraction(record: Record, seed: int) -> float:
     identity = record.photo or f"{record.label}/{os.path.basename(record.path)}/{record.row}"
     digest = hashlib.blake2b(f"{seed}/{identity}".encode(errors="surrogateescape"), digest_size=6).digest()
     return int.from_bytes(digest) / 2**48
+
+
+def limited(data: DataSet, count: int) -> DataSet:
+    """At most `count` sketches and `count` photos of each class, evenly spaced, always the same ones.
+
+    The photos that the sketches were drawn from come first.
+    """
+    if count < 1:
+        raise ConfigError("limit", f"is {count}", legal="an integer from 1 up")
+    groups: dict[str | None, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
+    for record in data.records:
+        groups[record.label][record.kind == "photo"].append(record)
+    kept: set[Record] = set()
+    for drawings, photos in groups.values():
+        sketches = spaced(drawings, count)
+        named = {record.photo for record in sketches} - {None}
+        drawn = [record for record in photos if record.photo in named][:count]
+        others = [record for record in photos if record.photo not in named]
+        kept.update(sketches, drawn, spaced(others, count - len(drawn)))
+    records = tuple(record for record in data.records if record in kept)
+    return replace(data, records=records, split=f"{data.split}, at most {count} a class and kind")
+
+
+def spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items, evenly spaced, or all where there are no more."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..data import DataSet, load
+from ..data import DataSet, limited, load
 from ..errors import ConfigError
 from ..loading import PathLike
 from ..model import SketchFusion
-from .protocols import Result, correspondence, fg_sbir, limited, recognition, segmentation, zs_sbir
+from .protocols import Result, correspondence, fg_sbir, recognition, segmentation, zs_sbir
 from .rows import ROWS, Extractor
 
 PROTOCOLS = {

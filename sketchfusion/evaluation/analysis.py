@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import check_ensemble
+from ..data import spaced
 from ..data.layout import IMAGES
 from ..errors import ConfigError, SketchFusionError
 from ..images import Geometry, ImageInput, collate
 from ..model import SketchFusion
 from ..plots import principal_colours
-from .protocols import spaced
 
 DEFINITION = 1  # of everything measured here; counted up whenever a figure changes its meaning
 FLOOR = 1e-6  # amplitudes count as this share of their channel's largest at least: a logarithm needs one

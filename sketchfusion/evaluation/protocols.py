@@ -6,12 +6,12 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data import DataError, DataSet, Record, split
+from ..data import DataError, DataSet, Record, spaced, split
 from ..errors import ConfigError, SketchFusionError
 from ..features import Features
 from ..tasks.correspondence import match, pck
@@ -20,7 +20,6 @@ from ..tasks.retrieval import CONVENTIONS, TIES, rank_metrics, search
 from ..tasks.segmentation import THRESHOLD, mask_iou, pixel_accuracy, predict, similarity
 from .rows import Extractor
 
-Item = TypeVar("Item")
 SAME_POSITION, WHOLE_PHOTO = "same-position", "whole-photo"  # answers without looking
 THRESHOLDS = torch.arange(-1000, 1001) / 1000  # of the cosine, among which the best in hindsight is looked for
 SHOWN = 8  # queries kept for a report, and photos for each
@@ -403,33 +402,6 @@ def _ious(cosines: Tensor, truth: Tensor) -> Tensor:
 
 
 # ---- shared
-
-
-def limited(data: DataSet, count: int) -> DataSet:
-    """At most `count` sketches and `count` photos of each class, evenly spaced, always the same ones.
-
-    The photos that the sketches were drawn from come first.
-    """
-    if count < 1:
-        raise ConfigError("limit", f"is {count}", legal="an integer from 1 up")
-    groups: dict[str | None, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
-    for record in data.records:
-        groups[record.label][record.kind == "photo"].append(record)
-    kept: set[Record] = set()
-    for drawings, photos in groups.values():
-        sketches = spaced(drawings, count)
-        named = {record.photo for record in sketches} - {None}
-        drawn = [record for record in photos if record.photo in named][:count]
-        others = [record for record in photos if record.photo not in named]
-        kept.update(sketches, drawn, spaced(others, count - len(drawn)))
-    records = tuple(record for record in data.records if record in kept)
-    return dataclasses.replace(data, records=records, split=f"{data.split}, at most {count} a class and kind")
-
-
-def spaced(items: Sequence[Item], count: int) -> list[Item]:
-    """`count` of the items, evenly spaced, or all where there are no more."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _pooled(extractor: Extractor, records: Sequence[Record]) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import Record
 from ..errors import SketchFusionError
+from ..files import write_tensors
 from ..images import Geometry, Preprocess, collate
 from ..model import SketchFusion
 from .views import draw_view, look
@@ -124,13 +124,7 @@ class FrozenCache:
             "tokens": torch.cat([part.tokens for part in parts]).contiguous(),
             "geometry": torch.cat([torch.stack([torch.as_tensor(f) for f in part.geometry], 1) for part in parts]),
         }
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(tensors, unfinished)
-            os.replace(unfinished, path)
-        except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
-            raise SketchFusionError(f"{path.parent}: the cache cannot be written: {error}") from error
+        write_tensors(tensors, path)
 
     def fetch(self, entries: Sequence[Entry]) -> Embedded:
         """What is kept of these views, in host memory."""

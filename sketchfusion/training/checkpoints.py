@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import LoadError, SketchFusionError
+from ..files import write_tensors
 from ..model import SketchFusion
 from ..tasks import Task
 from ..tasks.recognition import Recognition, make_head
@@ -43,13 +43,7 @@ class State:
             tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
-        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            save_file(tensors, unfinished, {"step": str(step), "run": self.run})
-            os.replace(unfinished, self.path)
-        except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
-            raise SketchFusionError(f"{self.path} cannot be written: {error}") from error
+        write_tensors(tensors, self.path, {"step": str(step), "run": self.run})
 
     @torch.no_grad()
     def resume(self) -> int:
@@ -98,7 +92,7 @@ def save_head(task: Task, folder: Path) -> None:
     if not isinstance(task, Recognition):
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in task.head.state_dict().items()}
-    save_file(tensors, folder / HEAD, {"task": task.name, "classes": json.dumps(task.classes)})
+    write_tensors(tensors, folder / HEAD, {"task": task.name, "classes": json.dumps(task.classes)})
 
 
 def load_head(folder: str | os.PathLike) -> tuple[nn.Module, tuple[str, ...]]:

@@ -1,0 +1,32 @@
+"""Files of tensors that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import SketchFusionError
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file beside its place first, then put it there, over what was there.
+
+    Raises:
+        SketchFusionError: naming the file, which is as it was.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.touch()
+        readers = unfinished.stat().st_mode  # as the user's umask has it; save_file leaves it to the owner alone
+        save_file(dict(tensors), unfinished, metadata)
+        unfinished.chmod(readers)
+        os.replace(unfinished, path)
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a null byte in the path
+        raise SketchFusionError(f"{path} cannot be written: {error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
