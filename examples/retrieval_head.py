@@ -1,8 +1,8 @@
-"""Find photos of classes never trained on by sketches: by a projection of frozen features, or through the adapters.
+"""Find photos by sketches, of classes the head was not trained on: by a projection of frozen features, or the adapters.
 
     python examples/retrieval_head.py --data sketchy --root sketchy [--adapters]
 
-Prints mAP@all of every fifth class, kept apart. Without --root, images are drawn.
+Prints mAP@all of every fifth class, held out. Without --root, images are drawn.
 """
 
 from dataclasses import replace

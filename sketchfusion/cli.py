@@ -241,7 +241,7 @@ def train(
     task: Annotated[list[str], typer.Option(help="retrieval, recognition, correspondence, segmentation; repeatable.")],
     data: Annotated[list[str], typer.Option(help="Data set of each task, or one for all; see docs/data.md.")],
     root: Annotated[list[Path], typer.Option(help="Folder of each data set.")],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and what goes on after a kill.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and the state to resume from.")],
     classes: Annotated[str, typer.Option(help="seen, unseen, all, or a file with a name a line.")] = "all",
     held_out: Annotated[
         str, typer.Option(help="To validate on: a share of each set, or classes: unseen, or a file.")
@@ -264,9 +264,12 @@ def train(
     warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.03,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
     accumulate: Annotated[int, typer.Option(help="Batches an optimiser step.")] = 1,
-    views: Annotated[int, typer.Option(help="Views an image: 1 for none but the image as it is.")] = 4,
+    views: Annotated[int, typer.Option(help="Views per image; 1: only the image as it is.")] = 4,
     cache: Annotated[Path | None, typer.Option(help="Keep latents and tokens of all views in this folder.")] = None,
     without: Annotated[list[str] | None, typer.Option(help="Ablation: adapters or mixing stay as they begin.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute the UNet's activations instead of keeping them: slower, less memory.")
+    ] = False,
     finetune: Annotated[bool, typer.Option(help="B-Finetuning: train UNet and semantic backbone too.")] = False,
     include_backbones: Annotated[bool, typer.Option(help="Copy the backbones into the checkpoint.")] = False,
     seed: Annotated[int, typer.Option(help="Of batches, views and heads.")] = 0,
@@ -276,7 +279,7 @@ def train(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Compute dtype; auto: bfloat16 on CUDA and where a CPU has it.")] = "auto",
 ) -> None:
-    """Train adapters, aggregator and heads; the same command again goes on after a kill.
+    """Train adapters, aggregator and heads; the same command again resumes a run that was interrupted.
 
     For several GPUs: accelerate launch -m sketchfusion train …
     """
@@ -303,7 +306,7 @@ def train(
     settings = Settings(
         steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, accumulate=accumulate, views=views,
         seed=seed, checkpoint_every=checkpoint_every, validate_every=validate_every, without=tuple(without or ()),
-        finetune=finetune,
+        gradient_checkpointing=gradient_checkpointing, finetune=finetune,
     )  # fmt: skip
     sets, parts = data * (len(task) // len(data)), root * (len(task) // len(root))
     loaded = [load(name, folder, classes=classes) for name, folder in zip(sets, parts, strict=True)]
@@ -369,17 +372,20 @@ def evaluate(
     part: Annotated[str | None, typer.Option(help="train, valid or test, where the set has parts.")] = None,
     model: Model = "mini",
     rows: Annotated[
-        str | None, typer.Option(help="Comma-separated; other encoders by repository or folder. All built-in ones.")
+        str | None,
+        typer.Option(help="Comma-separated; other encoders by repository or folder. [default: the built-in ones]"),
     ] = None,
     convention: Annotated[str | None, typer.Option(help="Retrieval: zse, sake or sem-pcyc.")] = None,
     gallery: Annotated[str | None, typer.Option(help="fg-sbir: photos of all classes, or of the own class.")] = None,
     photos: Annotated[str | None, typer.Option(help="zs-sbir: another set with the photos.")] = None,
     photos_root: Annotated[Path | None, typer.Option(help="zs-sbir: its folder.")] = None,
     test_root: Annotated[Path | None, typer.Option(help="recognition: fit to all of root, test on this.")] = None,
-    held_out: Annotated[float | None, typer.Option(help="recognition: share to test on, else. 0.2.")] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="recognition: share of the sketches to test on. [default: 0.2]")
+    ] = None,
     sketches: Annotated[str | None, typer.Option(help="segmentation: the set with the sketches.")] = None,
     sketches_root: Annotated[Path | None, typer.Option(help="segmentation: its folder.")] = None,
-    queries: Annotated[int | None, typer.Option(help="segmentation: sketches a photo. 1.")] = None,
+    queries: Annotated[int | None, typer.Option(help="segmentation: sketches per photo. [default: 1]")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many sketches and photos a class.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a forward.")] = None,
     ensemble: Annotated[int | None, typer.Option(help="Noised copies an image: 1 or even.")] = None,

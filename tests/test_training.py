@@ -136,6 +136,21 @@ def test_several_tasks_share_a_step(untrained: SketchFusion, shapes: DataSet, tm
     assert SketchFusion.from_pretrained(tmp_path, device="cpu").config.task == "retrieval, correspondence"
 
 
+def test_activations_can_be_recomputed(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, logs, reruns = snapshot(untrained), [], []
+    recompute = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: reruns.append(1) or recompute(*a, **k))
+    for number, wanted in enumerate((False, True)):
+        untrained.load_state_dict(begun)
+        settings = dataclasses.replace(FEW, gradient_checkpointing=wanted)
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path / str(number), settings)
+        assert bool(reruns) == wanted
+        logs.append([row["loss"] for row in rows(tmp_path / str(number) / "log.csv")])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
 def test_a_head_comes_back(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
     task = Recognition(shapes, 32, hidden=6, batch_size=8)
     train(untrained, task, tmp_path, FEW)

@@ -50,6 +50,7 @@ class Settings:
     checkpoint_every: int = 200  # steps
     validate_every: int = 0  # steps; 0: at the end only
     without: tuple[str, ...] = ()  # ablations, left as they start: "adapters" (zero), "mixing" (equal weights)
+    gradient_checkpointing: bool = False  # recompute the UNet's activations instead of keeping them
     finetune: bool = False  # B-Finetuning: the UNet and the semantic backbone learn too
 
     def __post_init__(self) -> None:
@@ -154,6 +155,8 @@ def train(
         model.unfold()
         for part in (model.diffusion.unet, model.semantic.model):
             part.requires_grad_(True)
+    if settings.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     for name in settings.without:
         frozen: Any = model.adapters if name == "adapters" else model.aggregator.mixing_weights
         frozen.requires_grad_(False)
@@ -246,7 +249,8 @@ def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, 
     """What a run is: two with the same fingerprint go through the same losses."""
     config = dataclasses.replace(model.config, task=None, training_data=None, metrics={}, license=None).to_dict()
     plan = dataclasses.asdict(settings)
-    for key in ("checkpoint_every", "validate_every"):  # may change between a kill and going on
+    # These may change between a kill and going on.
+    for key in ("checkpoint_every", "validate_every", "gradient_checkpointing"):
         plan.pop(key)
     shown = [(t.name, len(t.records), [r.path.rpartition("/")[2] for r in t.records[:1000]]) for t in tasks]
     begun = hashlib.blake2b(digest_size=16)  # the weights that the run begins with
