@@ -72,9 +72,9 @@ log = logging.getLogger("train_mini")
 PHASES = ("prepare", "teacher", "semantic", "vae", "unet", "fusion", "tasks", "evaluate")
 SEED = 0
 
-# Held-out classes: every fifth of Sketchy's 104 in alphabetical order. No phase sees Sketchy's images of them, or a class
-# of TU-Berlin or Quick, Draw! whose name contains one of them as a word ("police car"); ImageNet's photos, of which no
-# label is used, show some of them.
+# Held-out classes: every fifth of Sketchy's 104 in alphabetical order. No phase sees Sketchy's images of them, or a
+# class of TU-Berlin or Quick, Draw! whose name contains one of them as a word ("police car"); ImageNet's photos, of
+# which no label is used, show some of them.
 UNSEEN = (
     "airplane", "armor", "beetle", "bread", "car_(sedan)", "church", "deer", "fan", "guitar", "hedgehog", "hourglass",
     "lion", "owl", "pig", "rabbit", "sailboat", "shark", "spider", "swan", "tiger", "volcano",

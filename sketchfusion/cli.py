@@ -335,6 +335,7 @@ def train(
         )
         for name, part, kept in zip(task, loaded, apart, strict=True)
     ]  # fmt: skip
+    known = extractor.config.training_data  # the backbones, at least, go on with what they were trained on
     figures = run(
         extractor,
         [job.task for job in jobs],
@@ -342,7 +343,7 @@ def train(
         settings,
         cache=cache,
         validate=lambda model: {key: value for job in jobs for key, value in job.validate(model).items()},
-        training_data="; ".join(f"{part.name}: {part.split}" for part in loaded),
+        training_data=". Then: ".join([*([known] if known else []), "; ".join(job.shown for job in jobs)]),
         include_backbones=include_backbones,
     )
     if as_json:
@@ -414,9 +415,9 @@ def evaluate(
         dtype=dtype, convention=convention, gallery=gallery, test=test_root, held_out=held_out, queries=queries,
         photos=photos and (photos, photos_root), sketches=sketches and (sketches, sketches_root),
     )  # fmt: skip
+    print(reporting.as_json(results) if as_json else reporting.text(results), flush=True)
     if report is not None:
         reporting.write(results, report)
-    print(reporting.as_json(results) if as_json else reporting.text(results))
 
 
 @app.command()
@@ -455,12 +456,12 @@ def bench(
     from .evaluation import bench as benchmark
 
     if plot is not None:
-        plots.require_matplotlib()
+        plots.check_file(plot)
     chosen = list(benchmark.PEERS) if peers is None else [] if peers == "none" else peers.split(",")
     result = benchmark.bench(
         model, peers=chosen, sizes=counts[2] or None, batch_sizes=counts[0], ensembles=counts[1], runs=runs,
         device=device, dtype=dtype, compile=compile,
     )  # fmt: skip
+    print(json.dumps(result, indent=2) if as_json else benchmark.table(result), flush=True)
     if plot is not None:
         plots.save(plots.throughput(result), plot)
-    print(json.dumps(result, indent=2) if as_json else benchmark.table(result))

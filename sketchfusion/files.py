@@ -1,9 +1,10 @@
-"""Files of tensors that appear complete or not at all."""
+"""Folders, and files of tensors that appear complete or not at all."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,4 +30,17 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a null byte in the path
         raise SketchFusionError(f"{path} cannot be written: {error}") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            unfinished.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """With its parents, where it is missing.
+
+    Raises:
+        SketchFusionError: a file is in the way, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SketchFusionError(f"the folder {path} cannot be made: {error.strerror or error}") from None

@@ -375,16 +375,20 @@ def _decoded(file: BinaryIO, source: str) -> Image.Image:
         return _on_white(opened)
 
 
+_PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as `warnings.filters` has it
+
+
 @contextmanager
 def _decoding(source: str) -> Iterator[None]:
     """Turns whatever Pillow raises into an ImageError with the source, and silences what it warns of.
 
     Everything is caught, as decoders raise anything over a damaged file, from SyntaxError to struct.error.
     """
+    # For good: `catch_warnings` in one thread brings back, or takes away, what another has put there.
+    if warnings.filters[:1] != [_PILLOW_WARNS]:
+        warnings.filterwarnings("ignore", module=_PILLOW_WARNS[3].pattern)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except ImageError as error:
         problem = error.problem
     except UnidentifiedImageError:

@@ -156,7 +156,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
                 "device", f"{str(device)!r} cannot be used here ({reason})", legal="auto, cpu, cuda, cuda:1, mps"
             ) from error
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        rank = os.environ.get("LOCAL_RANK")  # of one process among several, each with a GPU of its own
+        return torch.device("cuda" if rank is None else f"cuda:{rank}")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

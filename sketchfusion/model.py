@@ -387,7 +387,7 @@ class SketchFusion(nn.Module):
             nonlocal limit
             while pending:
                 try:
-                    features: Features | None = self._extract(pending[:limit], options, single)
+                    features: Features | None = self._extract(pending[:limit], options, limit, single)
                 except torch.OutOfMemoryError as error:
                     if limit == 1:
                         raise SketchFusionError(
@@ -396,7 +396,7 @@ class SketchFusion(nn.Module):
                         ) from error
                     features = None
                 if features is None:  # outside of the except block, whose traceback holds the failed batch
-                    limit = (min(limit, len(pending)) + 1) // 2
+                    limit = (min(limit, len(pending) * options.ensemble) + 1) // 2
                     torch.cuda.empty_cache()
                     continue
                 del pending[:limit]
@@ -419,9 +419,10 @@ class SketchFusion(nn.Module):
 
     @torch.inference_mode(False)  # a caller's inference mode would make tensors that nothing can be trained on
     @torch.no_grad()
-    def _extract(self, items: list[tuple[Tensor, Geometry]], options: _Options, single: bool) -> Features:
-        pixels = torch.stack([pixels for pixels, _ in items])
-        features = self(pixels, collate([geometry for _, geometry in items]), ensemble=options.ensemble)
+    def _extract(self, items: list[tuple[Tensor, Geometry]], options: _Options, rows: int, single: bool) -> Features:
+        latents, tokens = self.embed(torch.stack([pixels for pixels, _ in items]))
+        maps = self.tap(latents, tokens, ensemble=options.ensemble, rows=rows)
+        features = self.aggregate(maps, collate([geometry for _, geometry in items]))
         pooled = features.pooled if options.pooled else None
         dense = features.dense if options.dense else None
         if not all(part.isfinite().all() for part in (pooled, dense) if part is not None):
@@ -522,22 +523,24 @@ class SketchFusion(nn.Module):
             )
         return self.aggregate(self.tap(latents, tokens, ensemble=ensemble), geometry)
 
-    def tap(self, latents: Tensor, tokens: Tensor | None, *, ensemble: int | None = None) -> dict[str, Tensor]:
+    def tap(
+        self, latents: Tensor, tokens: Tensor | None, *, ensemble: int | None = None, rows: int | None = None
+    ) -> dict[str, Tensor]:
         """The tapped maps of the UNet, after injection, averaged over the ensemble.
-
-        Of a batch smaller than the default several noised copies pass the UNet together.
 
         Args:
             latents: from `embed`.
             tokens: from `embed`; None injects nothing, which is plain Stable Diffusion.
             ensemble: as for `encode`.
+            rows: of a batch smaller than this, several noised copies pass the UNet together, up to this number of
+                latents; by default the default batch size.
 
         Returns:
             Of every tap in the configuration the map (N, C_tap, h_tap, w_tap), in the compute dtype.
         """
         members = self.config.ensemble if ensemble is None else ensemble
         check_ensemble(members)
-        room = max(1, self.default_batch_size // max(1, len(latents)))
+        room = max(1, (rows or self.default_batch_size) // max(1, len(latents)))
         together = max(k for k in range(1, min(members, room) + 1) if members % k == 0)
         hooks = {} if tokens is None else self.adapters(tokens, copies=together)
         maps: dict[str, Tensor] = {}
@@ -585,6 +588,14 @@ class SketchFusion(nn.Module):
         self.diffusion = _diffusion(self.config, *networks, self._null_prompt, fold=False).to(self.device)
         if checkpointing:
             self.enable_gradient_checkpointing()
+
+    def _moved(self, directory: PathLike) -> None:
+        """From now on the backbones are those that lie complete in a checkpoint folder, and are saved from there."""
+        for name in self._origins:
+            self._origins[name] = Location(os.fspath(directory)).inside(name)
+            backbone = dataclasses.replace(getattr(self._config, name), source=INSIDE + name, revision=None)
+            self._config = self._config.with_backbone(name, backbone)
+        self._variant = None
 
     def published_backbones(self, dtype: torch.dtype) -> Networks:
         """Both backbones loaded again, whole and as they were published, to compare with.

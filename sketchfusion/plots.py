@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import SketchFusionError
+from .errors import ConfigError, SketchFusionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +59,23 @@ def save(figure: Figure, path: str | os.PathLike) -> None:
         figure.savefig(path)
     except OSError as error:
         raise SketchFusionError(f"{path}: the figure cannot be written: {error.strerror or error}") from None
+
+
+def check_file(path: Path) -> None:
+    """What `save` can know before anything is computed.
+
+    Raises:
+        SketchFusionError: matplotlib is not installed.
+        ConfigError: matplotlib does not write such files, or there is no such folder.
+    """
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigError("plot", f"{path} has no suffix of a picture", legal=", ".join(sorted(known)))
+    if not path.parent.is_dir():
+        raise ConfigError("plot", f"there is no folder {path.parent}", legal="a file in a folder that is there")
 
 
 # ---- the analysis

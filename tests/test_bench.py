@@ -154,7 +154,15 @@ def test_on_the_command_line(model: SketchFusion, command: Callable[..., Done], 
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--batch-size", "one"), ("--size", "250"), ("--peers", "nobody"), ("--ensemble", "3")]
+    "arguments",
+    [
+        ("--batch-size", "one"),
+        ("--size", "250"),
+        ("--peers", "nobody"),
+        ("--ensemble", "3"),
+        ("--plot", "bench.txt"),
+        ("--plot", "nowhere/bench.png"),
+    ],
 )
 def test_mistakes_on_the_command_line(command: Callable[..., Done], arguments: tuple[str, str]) -> None:
     done = command("bench", *arguments)

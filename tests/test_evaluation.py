@@ -19,6 +19,7 @@ from sketchfusion.data import DataError, DataSet, Record, limited
 from sketchfusion.evaluation import PROTOCOLS, ROWS, Extractor, evaluate
 from sketchfusion.evaluation.protocols import (
     THRESHOLDS,
+    Result,
     _ious,
     correspondence,
     fg_sbir,
@@ -26,7 +27,7 @@ from sketchfusion.evaluation.protocols import (
     segmentation,
     zs_sbir,
 )
-from sketchfusion.evaluation.report import METRICS, PAPER, TITLES, text
+from sketchfusion.evaluation.report import METRICS, PAPER, TITLES, bars, text
 from sketchfusion.images import collate, letterbox
 from sketchfusion.tasks.segmentation import mask_iou
 
@@ -663,6 +664,7 @@ def test_python_and_the_command_agree(run: Callable[..., Any], trees: Path, chec
         (["zs-sbir", "--data", "sketchy", "--root", "sketchy", "--limit", "0"], "limit"),
         (["zs-sbir", "--data", "sketchy", "--root", "sketchy", "--photos", "folder"], "--photos-root"),
         (["zs-sbir", "--data", "sketchy", "--root", "sketchy", "--report", "voc/meta.json"], "report"),
+        (["zs-sbir", "--data", "sketchy", "--root", "sketchy", "--report", "voc/meta.json/report"], "report"),
         (["segmentation", "--data", "voc", "--root", "voc"], "sketches"),
         (["correspondence", "--data", "sketchy", "--root", "sketchy"], "key point"),
     ],
@@ -700,6 +702,13 @@ def test_a_report_without_matplotlib_says_what_to_install(
     assert done.returncode == 2
     assert "sketchfusion[plots]" in done.stderr
     assert not (tmp_path / "report").exists()
+
+
+def test_a_figure_without_rows_of_the_papers_has_no_marks() -> None:
+    pytest.importorskip("matplotlib")
+    figures = dict.fromkeys(METRICS["zs-sbir"], 0.5) | {"convention": "zse"}
+    result = Result("zs-sbir", "./dino", "Sketchy", "all", "mini", figures)
+    assert [len(axes.lines) for axes in bars([result]).axes] == [0] * len(bars([result]).axes)
 
 
 def test_the_papers_tables_fit_the_protocols() -> None:

@@ -255,6 +255,14 @@ def test_save_and_load(dtype: torch.dtype, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["features.safetensors"]
 
 
+@pytest.mark.parametrize("path", ["file/features", "a\0b", 250 * "a"])
+def test_where_nothing_can_be_written(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SketchFusionError, match="cannot be written"):
+        batch().save(tmp_path / path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_others_may_read_a_saved_file(tmp_path: Path) -> None:
     batch().save(tmp_path / "features.safetensors")
     ordinary = tmp_path / "ordinary"

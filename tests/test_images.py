@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from sketchfusion import images
 from sketchfusion.errors import ConfigError, ImageError
-from sketchfusion.images import Geometry, Preprocess, as_stream, collate, letterbox, open_image
+from sketchfusion.images import Geometry, Preprocess, as_stream, collate, letterbox, open_image, read_ahead
 from sketchfusion.strokes import Strokes
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -134,6 +134,16 @@ class Listed(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, Geometry]:
         return self.preprocess(self.items[i])
+
+
+def test_reading_in_threads_leaves_other_warnings_alone(tmp_path: Path) -> None:
+    for i in range(24):
+        Image.new("RGB", (300, 300)).save(tmp_path / f"{i}.png")
+    for _ in range(4):
+        for future in read_ahead(iter(sorted(tmp_path.iterdir())), Preprocess(64), 8):
+            future.result()
+    with pytest.raises(UserWarning, match="mine"):  # they are errors in this file
+        warnings.warn("mine", UserWarning, stacklevel=1)
 
 
 @pytest.mark.filterwarnings("default")  # torch's workers warn of their own accord

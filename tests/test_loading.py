@@ -544,6 +544,14 @@ def test_shapes_that_do_not_fit(
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_a_loaded_model_can_be_pickled(model: SketchFusion, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, include_backbones=True)
+    loaded = load(tmp_path)
+    again = pickle.loads(pickle.dumps(loaded))
+    image = np.zeros((20, 30, 3), np.uint8)
+    assert torch.equal(again.encode(image).dense, loaded.encode(image).dense)
+
+
 def test_others_may_read_a_saved_checkpoint(model: SketchFusion, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "checkpoint", include_backbones=True)
     ordinary = tmp_path / "ordinary"

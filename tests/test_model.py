@@ -275,25 +275,28 @@ def test_a_stream_that_is_left_leaves_no_threads(model: SketchFusion, tmp_path: 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    forward = model.forward
+    forward = model.diffusion.forward
 
-    def cramped(pixels: torch.Tensor, *arguments: Any, **keywords: Any) -> Features:
-        sizes.append(len(pixels))
-        if len(pixels) > 2:
+    def cramped(latents: torch.Tensor, *arguments: Any, **keywords: Any) -> dict[str, torch.Tensor]:
+        sizes.append(len(latents))
+        if len(latents) > 2:
             raise torch.OutOfMemoryError("simulated")
-        return forward(pixels, *arguments, **keywords)
+        return forward(latents, *arguments, **keywords)
 
-    expected = model.encode(PICTURES)
-    monkeypatch.setattr(model, "forward", cramped)
+    expected, one = model.encode(PICTURES), model.encode(PICTURES[0], ensemble=8)
+    monkeypatch.setattr(model.diffusion, "forward", cramped)
     assert agree(model.encode(PICTURES, batch_size=7), expected)
     assert sizes == [7, 4, 2, 2, 2, 1]
+    sizes.clear()
+    assert agree(model.encode(PICTURES[:1], ensemble=8)[0], one)  # the copies of one image are a batch, too
+    assert sizes == [8, 4, 2, 2, 2, 2]
 
 
 def test_out_of_memory_for_one_image_is_one_clear_error(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> Features:
         raise torch.OutOfMemoryError("simulated")
 
-    monkeypatch.setattr(model, "forward", full)
+    monkeypatch.setattr(model.diffusion, "forward", full)
     with pytest.raises(SketchFusionError, match="out of memory"):
         model.encode(PICTURES[:2])
 

@@ -151,6 +151,48 @@ def test_activations_can_be_recomputed(
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
+def test_a_validation_that_fails_costs_nothing(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    def fails(model: SketchFusion) -> dict[str, float]:
+        raise SketchFusionError("no photos of horses")
+
+    with pytest.raises(SketchFusionError, match="horses"):
+        train(untrained, tasks_of("recognition", shapes, 32), tmp_path, FEW, validate=fails)
+    loaded = SketchFusion.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    for name, tensor in untrained.adapters.state_dict().items():
+        assert torch.equal(loaded.adapters.state_dict()[name], tensor.half().float())
+    assert load_head(tmp_path)[1] == tuple(sorted(SHAPES))
+
+
+def test_validation_begins_anew_with_another_run(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    for key in ("a", "b"):
+        settings = dataclasses.replace(FEW, validate_every=2)
+        train(
+            untrained, tasks_of("retrieval", shapes, 32), tmp_path, settings, validate=lambda model, key=key: {key: 1.0}
+        )
+        assert (tmp_path / "validation.csv").read_text().splitlines() == [f"step,{key}", "2,1", "4,1"]
+        (tmp_path / STATE).unlink()
+
+
+def test_an_ablation_ends_with_its_run(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    settings = dataclasses.replace(FEW, without=("adapters", "mixing"))
+    train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, settings)
+    assert not any(parameter.any() for parameter in untrained.adapters.parameters())
+    assert all(parameter.requires_grad for parameter in untrained.trainable_parameters())
+
+
+def test_folders_that_cannot_be(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    task, file = tasks_of("retrieval", shapes, 32), tmp_path / "file"
+    file.touch()
+    for folders in ({"out": file}, {"out": tmp_path / "out", "cache": file}):
+        with pytest.raises(SketchFusionError, match="file cannot be made"):
+            train(untrained, task, settings=FEW, **folders)  # type: ignore[arg-type]
+
+
+def test_one_recognition_head_a_checkpoint(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="recognition"):
+        train(untrained, [tasks_of("recognition", shapes, 32) for _ in range(2)], tmp_path, FEW)
+
+
 def test_a_head_comes_back(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
     task = Recognition(shapes, 32, hidden=6, batch_size=8)
     train(untrained, task, tmp_path, FEW)
@@ -319,6 +361,14 @@ class TestCache:
         with pytest.raises(SketchFusionError, match=f"{path.name} is damaged.*delete it"):
             self.make(model, shapes, tmp_path).fetch([Entry(shapes.records[0], 0)])
 
+    def test_processes_that_start_one_after_the_other_leave_no_gap(
+        self, model: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sketchfusion.training.cache.SHARD", 1)
+        for rank in range(2):
+            cache = FrozenCache(model, shapes.records[:5], 1, tmp_path, seed=0, rank=rank, world=2)
+        assert len(cache.fetch([Entry(record, 0) for record in shapes.records[:5]]).latents) == 5
+
     def test_an_image_that_cannot_be_read_is_named(self, model: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
         bad = tmp_path / "bad.png"
         bad.write_bytes(b"junk")
@@ -434,6 +484,9 @@ def test_finetuning_reaches_the_backbones_and_is_saved(
     loaded = SketchFusion.from_pretrained(tmp_path, dtype="float32", device="cpu")
     image = shapes.records[0].path
     torch.testing.assert_close(loaded.encode(image).pooled, untrained.encode(image).pooled, rtol=0.02, atol=0.02)
+    untrained.save_pretrained(tmp_path / "again")
+    again = SketchFusion.from_pretrained(tmp_path / "again", dtype="float32", device="cpu")
+    assert torch.equal(again.encode(image).pooled, loaded.encode(image).pooled)
     with pytest.raises(ConfigError, match="finetune"):
         train(untrained, tasks_of("retrieval", shapes, 32), tmp_path / "b", plan, cache=tmp_path)
 
@@ -445,7 +498,7 @@ class TestJobs:
         figures = job.validate(model)
         assert figures
         assert all(0 <= value <= 1 for value in figures.values())
-        assert all("kept apart" in key for key in figures)
+        assert all("held out" in key for key in figures)
         seen = {record.path for record in job.task.records}
         assert len(seen) < len(shapes.records)
 
@@ -453,13 +506,38 @@ class TestJobs:
         job = make_job("retrieval", shapes, model, held_out=0.34, images=8)
         assert len({record.label for record in job.task.records}) == 2
 
+    @pytest.mark.parametrize("name", ["retrieval", "correspondence", "segmentation"])
+    def test_a_set_that_is_held_out_is_not_trained_on(self, name: str, model: SketchFusion, shapes: DataSet) -> None:
+        part = tuple(record for record in shapes.records if record.label == "disc")
+        held_out = DataSet("shapes", ("disc",), part, "disc alone")
+        job = make_job(name, shapes, model, held_out=held_out, sketches=shapes, images=8)
+        kinds = {"photo"} if name == "segmentation" else {"photo", "sketch"}  # its sketches are another set
+        assert not {record for record in job.task.records if record.kind in kinds} & set(part)
+        assert "without disc alone" in job.shown
+        assert job.validate(model)
+
+    @pytest.mark.parametrize("name", ["retrieval", "segmentation"])
+    def test_classes_with_one_side_only_are_left_out(self, name: str, model: SketchFusion, shapes: DataSet) -> None:
+        alone = shapes.sketches if name == "retrieval" else shapes.photos
+        more = tuple(dataclasses.replace(record, label="star") for record in alone[:3])
+        data = dataclasses.replace(shapes, classes=(*shapes.classes, "star"), records=(*shapes.records, *more))
+        job = make_job(name, data, model, held_out=0.34, sketches=shapes, images=8)
+        assert job.validate(model)
+        assert not any(record.label == "star" for record in job.task.records)
+
     def test_errors(self, model: SketchFusion, shapes: DataSet) -> None:
+        for settings in ({"images": 0}, {"hidden": -1}):
+            with pytest.raises(ConfigError, match=next(iter(settings))):
+                make_job("recognition", shapes, model, **settings)
+        stars = dataclasses.replace(shapes, records=(dataclasses.replace(shapes.sketches[0], label="star"),))
+        with pytest.raises(SketchFusionError, match="has no sketches of the classes"):
+            make_job("recognition", shapes, model, held_out=stars)
         with pytest.raises(ConfigError, match="retrieval, recognition"):
             make_job("detection", shapes, model)
         with pytest.raises(ConfigError, match="sketches"):
             make_job("segmentation", shapes, model)
         for name in ("retrieval", "recognition"):
-            with pytest.raises(SketchFusionError, match=r"kept apart|held_out"):
+            with pytest.raises(SketchFusionError, match=r"held out|held_out"):
                 make_job(name, shapes, model, held_out=0.0)
 
 
@@ -516,6 +594,8 @@ class TestCommandLine:
         [
             (["--task", "recognition", "--task", "segmentation", "--data", "shoes"], "--data: is given 2 times"),
             (["--steps", "0"], "steps: is 0"),
+            (["--weight-decay", "-1"], "weight_decay"),
+            (["--seed", "-1"], "seed: is -1"),
             (["--root", "/nowhere/at/all"], "--root"),
             (["--semantic", "somewhere/else"], "--diffusion"),
         ],

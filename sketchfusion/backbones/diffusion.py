@@ -242,6 +242,8 @@ def load(
             unet_class = _cut(unet_class, functools.partial(drop_behind, taps=taps))
         vae = origin.inside("vae").load(vae_class, WEIGHTS, variant=variant, torch_dtype=dtype)
         unet = origin.inside("unet").load(unet_class, WEIGHTS, variant=variant, torch_dtype=dtype)
+        # A class without a name in its module could not be pickled.
+        vae.__class__, unet.__class__ = AutoencoderKL, UNet2DConditionModel
         path = origin.file(SCHEDULER)
         with origin.explained(f"reading {path}"):
             settings = json.loads(path.read_text(encoding="utf-8"))

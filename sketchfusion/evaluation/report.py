@@ -144,6 +144,9 @@ def check_directory(directory: Path) -> None:
     plots.require_matplotlib()
     if directory.exists() and not directory.is_dir():
         raise ConfigError("report", f"{directory} is a file", legal="a folder")
+    nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError("report", f"nothing can be written to {nearest}", legal="a folder that can be written to")
 
 
 def as_json(results: Sequence[Result]) -> str:
@@ -271,8 +274,9 @@ def bars(results: Sequence[Result]) -> Figure:
             place = paper.metrics.index(name)
             theirs = {row: paper.rows.get(COUNTERPARTS.get(row, ""), ()) for row in rows}
             marks = [(values[place], row) for row, values in theirs.items() if place < len(values)]
-            one.plot(*zip(*marks, strict=True), "kD", ms=4, mfc="none", label=f"the paper's, {paper.data}")
-            one.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.08))
+            if marks:
+                one.plot(*zip(*marks, strict=True), "kD", ms=4, mfc="none", label=f"the paper's, {paper.data}")
+                one.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.08))
         one.set_title(TITLES[name], fontsize=9, loc="left")
         one.invert_yaxis()
         one.set_xlim(left=0)

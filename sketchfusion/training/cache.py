@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data import Record
 from ..errors import SketchFusionError
-from ..files import write_tensors
+from ..files import make_folder, write_tensors
 from ..images import Geometry, Preprocess, collate
 from ..model import SketchFusion
 from .views import draw_view, look
@@ -72,7 +72,7 @@ class FrozenCache:
         records: the images.
         views: K, views an image; view 0 is the image as it is.
         folder: where the files go; several runs and sets can share it.
-        rank, world: this process does every world-th file that is missing.
+        rank, world: this process does every world-th file, where it is missing.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class FrozenCache:
         keys = dict(zip(records, _content_keys(records), strict=True))
         common = backbones_key(model)
         shards = [entries[i : i + SHARD] for i in range(0, len(entries), SHARD)]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._paths: list[Path] = []
         for shard in shards:
             parts = [common, *(f"{keys[e.record]} {draw_view(e.record, e.view, seed)}" for e in shard)]
@@ -108,8 +108,9 @@ class FrozenCache:
             kept,
             len(shards),
         )
-        with tqdm(total=sum(len(shards[s]) for s in missing[rank::world]), desc="cache", unit="view", delay=2) as bar:
-            for s in missing[rank::world]:
+        mine = [s for s in missing if s % world == rank]  # whatever the others have written by now
+        with tqdm(total=sum(len(shards[s]) for s in mine), desc="cache", unit="view", delay=2) as bar:
+            for s in mine:
                 self._write(model, shards[s], self._paths[s], seed, batch_size, bar)
 
     def _write(self, model: SketchFusion, shard: list[Entry], path: Path, seed: int, batch_size: int, bar: Any) -> None:

@@ -85,6 +85,7 @@ def save_finetuned(model: SketchFusion, folder: Path) -> None:
         for old in target.glob("*.safetensors*"):  # of another dtype, or in several pieces
             old.unlink()
         part.save_pretrained(target)
+    model._moved(folder)
 
 
 def save_head(task: Task, folder: Path) -> None:

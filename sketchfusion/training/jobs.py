@@ -1,8 +1,9 @@
-"""From a task's name and a data set to what is trained on, and what is kept apart to validate on."""
+"""From a task's name and a data set to what is trained on, and what is held out to validate on."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,14 +20,17 @@ from ..tasks.recognition import Recognition, accuracy
 from ..tasks.retrieval import Retrieval
 from ..tasks.segmentation import Segmentation
 
+log = logging.getLogger(__name__)
+
 TASKS = ("retrieval", "recognition", "correspondence", "segmentation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A task, and how well the model does it on what was kept apart."""
+    """A task, what it is trained on in words, and how well the model does it on what was held out."""
 
     task: Task
+    shown: str
     validate: Callable[[SketchFusion], dict[str, float]]
 
 
@@ -42,14 +46,15 @@ def make_job(
     loss: str = "info_nce",
     hidden: int | None = None,
 ) -> Job:
-    """A task on a data set, with a part of it kept apart.
+    """A task on a data set, with a part of it held out.
 
     Args:
         name: one of `TASKS`.
         data: what to train on. Segmentation: photos with masks.
         model: that is to be trained.
-        held_out: what to validate on, or the share of `data` to keep apart: whole classes for retrieval, since that is
-            to work on classes never seen; photos with their sketches for the others.
+        held_out: what to validate on, or the share of `data` to hold out: whole classes for retrieval, since that is
+            to work on classes never seen; photos with their sketches for the others. What is held out is not trained
+            on, wherever it comes from.
         sketches: segmentation: the sketches that say what to find.
         images: in a batch.
         level, loss: see `Retrieval`. hidden: see `Recognition`.
@@ -62,8 +67,18 @@ def make_job(
         raise ConfigError("task", f"is {name!r}", legal=", ".join(TASKS))
     if name == "segmentation" and sketches is None:
         raise ConfigError("sketches", "are missing: a sketch says what to find", legal="a set with sketches")
+    if images < 1:
+        raise ConfigError("images", f"is {images}", legal="an integer from 1 up")
+    if hidden is not None and hidden < 1:
+        raise ConfigError("hidden", f"is {hidden}", legal="an integer from 1 up")
+    usable = _usable(name, sketches)
+    data = usable(data)
     if isinstance(held_out, DataSet):
-        kept, apart = data, held_out
+        apart = usable(held_out)
+        gone = set(apart.records)
+        classes = [c for c in data.classes if name != "retrieval" or c not in held_out.classes]
+        rest = tuple(record for record in data.records if record not in gone)
+        kept = _part(dataclasses.replace(data, records=rest), classes, f"without {held_out.split}")
     else:
         kept, apart = (_split_classes if name == "retrieval" else _split_records)(data, held_out)
     half = max(1, images // 2)
@@ -85,9 +100,12 @@ def make_job(
         shown: tuple[str, ...] = ("acc_1", "acc_5") if level == "fine" else ("map_all", "p_100")
     elif name == "recognition":
         task = Recognition(kept, model.config.aggregator_width, hidden=hidden, batch_size=images)
+        known = [record for record in apart.sketches if record.label in task.classes]
+        if not known:
+            raise SketchFusionError(f"{apart.name} ({apart.split}) has no sketches of the classes that are trained on")
 
         def figures(model: SketchFusion) -> dict[str, Any]:
-            return {"acc_1": _head_accuracy(task, model, apart.sketches)}
+            return {"acc_1": _head_accuracy(task, model, known)}
 
         shown = ("acc_1",)
     elif name == "correspondence":
@@ -111,17 +129,36 @@ def make_job(
         found = figures(model)
         return {f"{name} {key}, {apart.split}": float(found[key]) for key in shown}
 
-    return Job(task, validate)
+    shown_data = f"{kept.name}: {kept.split}" + (f", {sketches.name}: {sketches.split}" if sketches else "")
+    return Job(task, shown_data, validate)
+
+
+def _usable(task: str, sketches: DataSet | None) -> Callable[[DataSet], DataSet]:
+    """Leaves out the classes that a task cannot use, and its protocol would refuse."""
+
+    def usable(data: DataSet) -> DataSet:
+        present = {kind: {record.label for record in getattr(data, kind)} for kind in ("photos", "sketches")}
+        if task == "retrieval":
+            both = present["photos"] & present["sketches"]
+        elif task == "segmentation" and sketches is not None:
+            both = present["photos"] & {record.label for record in sketches.sketches}
+        else:
+            return data
+        if lost := [name for name in data.classes if name not in both]:
+            log.info("%s (%s): left out, with one side only: %s", data.name, data.split, ", ".join(lost))
+            return _part(data, [name for name in data.classes if name in both], f"without {len(lost)} classes")
+        return data
+
+    return usable
 
 
 def _fused(model: SketchFusion) -> Extractor:
     return Extractor(model, ["fused"], progress=False)
 
 
-def _head_accuracy(task: Recognition, model: SketchFusion, records: Sequence[Record]) -> float:
-    known = [record for record in records if record.label in task.classes]
-    features = model.encode([record.open() for record in known], dense=False, progress=False)
-    labels = torch.tensor([task.classes.index(str(record.label)) for record in known])
+def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Record]) -> float:
+    features = model.encode((record.open() for record in sketches), dense=False, progress=False)
+    labels = torch.tensor([task.classes.index(str(record.label)) for record in sketches])
     task.eval()
     device = next(task.parameters()).device
     found = accuracy(task.head(features.pooled.to(device)).cpu(), labels)
@@ -130,15 +167,15 @@ def _head_accuracy(task: Recognition, model: SketchFusion, records: Sequence[Rec
 
 
 def _split_classes(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
-    """Every so many-th class of the alphabet is kept apart."""
+    """Every so many-th class of the alphabet is held out."""
     every = max(2, round(1 / share)) if 0 < share < 1 else 0
     apart = data.classes[every // 2 :: every] if every else ()
     kept = tuple(name for name in data.classes if name not in apart)
     if not apart or len(kept) < 2:
         raise SketchFusionError(
-            f"{data.name} ({data.split}): of {len(data.classes)} classes {share:g} cannot be kept apart to validate on"
+            f"{data.name} ({data.split}): of {len(data.classes)} classes {share:g} cannot be held out to validate on"
         )
-    return _part(data, kept, f"without {len(apart)} classes"), _part(data, apart, f"{len(apart)} classes kept apart")
+    return _part(data, kept, f"without {len(apart)} classes"), _part(data, apart, f"{len(apart)} classes held out")
 
 
 def _part(data: DataSet, classes: Sequence[str], words: str) -> DataSet:
@@ -153,9 +190,9 @@ def _split_records(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
     kept, apart = split(data.records, share)
     if not kept or not apart:
         raise SketchFusionError(
-            f"{data.name} ({data.split}): of {len(data.records)} images {share:g} cannot be kept apart to validate on"
+            f"{data.name} ({data.split}): of {len(data.records)} images {share:g} cannot be held out to validate on"
         )
     return (
         dataclasses.replace(data, records=kept, split=f"{data.split}, {1 - share:.0%}"),
-        dataclasses.replace(data, records=apart, split=f"{data.split}, {share:.0%} kept apart"),
+        dataclasses.replace(data, records=apart, split=f"{data.split}, {share:.0%} held out"),
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +24,11 @@ from tqdm.auto import tqdm
 
 from ..data import Record
 from ..errors import ConfigError, SketchFusionError
+from ..files import make_folder
 from ..images import Geometry
 from ..model import SketchFusion
 from ..tasks import Sample, Task
+from ..tasks.recognition import Recognition
 from . import checkpoints
 from .cache import Embedded, Entry, FrozenCache, pixels_of
 from .views import draw_view
@@ -33,6 +36,7 @@ from .views import draw_view
 log = logging.getLogger(__name__)
 
 ABLATIONS = ("adapters", "mixing")
+_LEAST = {"steps": 1, "accumulate": 1, "views": 1, "seed": 0, "checkpoint_every": 1, "validate_every": 0}
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,14 @@ class Settings:
     finetune: bool = False  # B-Finetuning: the UNet and the semantic backbone learn too
 
     def __post_init__(self) -> None:
-        for key, low in {"steps": 1, "accumulate": 1, "views": 1, "checkpoint_every": 1, "validate_every": 0}.items():
+        for key, low in _LEAST.items():
             if getattr(self, key) < low:
                 raise ConfigError(key, f"is {getattr(self, key)}", legal=f"an integer from {low} up")
         for key in ("lr", "clip"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(key, f"is {getattr(self, key)}", legal="a number above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError("weight_decay", f"is {self.weight_decay}", legal="a number from 0 up")
         if not 0 <= self.warmup <= 1:
             raise ConfigError("warmup", f"is {self.warmup}", legal="0 to 1, a share of the steps")
         for name in self.without:
@@ -142,13 +148,26 @@ def train(
         SketchFusionError: `out` holds another run; the loss is not finite.
     """
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     settings = settings or Settings()
     jobs: list[Task] = list(tasks) if isinstance(tasks, Sequence) else [tasks]
     out = Path(out)
     # In half precision the gradients of a float16 UNet need a scaler; bfloat16 and float32 need nothing.
     half = model.dtype is torch.float16
-    accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="fp16" if half else "no")
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # else accelerate would move it to the first
+    accelerator = Accelerator(
+        cpu=model.device.type == "cpu",
+        mixed_precision="fp16" if half else "no",
+        kwargs_handlers=[
+            # A backbone that is fine-tuned has parameters behind what is read of it.
+            DistributedDataParallelKwargs(find_unused_parameters=settings.finetune),
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while one validates
+        ],
+    )
+    if sum(isinstance(task, Recognition) for task in jobs) > 1:
+        raise ConfigError("task", "is recognition twice", legal="recognition once: a checkpoint has one head")
     if settings.finetune:
         if model.dtype is not torch.float32 or cache is not None:
             raise ConfigError("finetune", "trains the backbones themselves", legal="dtype='float32' and no cache")
@@ -157,9 +176,11 @@ def train(
             part.requires_grad_(True)
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    for name in settings.without:
-        frozen: Any = model.adapters if name == "adapters" else model.aggregator.mixing_weights
-        frozen.requires_grad_(False)
+    frozen: list[Any] = [
+        model.adapters if name == "adapters" else model.aggregator.mixing_weights for name in settings.without
+    ]
+    for part in frozen:
+        part.requires_grad_(False)
     trainee = _Trainee(model, jobs, settings.finetune).to(accelerator.device)
     parameters = [(name, p) for name, p in trainee.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -167,7 +188,7 @@ def train(
     )
     records = tuple(dict.fromkeys(record for task in jobs for record in task.records))
     run = fingerprint(model, jobs, settings, kept=cache is not None)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     state = checkpoints.State(out, run, trainee, optimizer)
     first = state.resume()
 
@@ -180,6 +201,8 @@ def train(
     prepared, steps = accelerator.prepare(trainee, optimizer)
     main = accelerator.is_main_process
     journal = _Journal(out / "log.csv", first) if main else None
+    if main and validate is not None:
+        _Journal(out / "validation.csv", first)  # without the lines of a run that was here before
     seen = sum(len(task.batch(np.random.default_rng(0))) for task in jobs) * settings.accumulate
     images = seen * world
     log.info(
@@ -227,20 +250,23 @@ def train(
             done = step + 1 == settings.steps
             if main and (done or (step + 1) % settings.checkpoint_every == 0):
                 state.save(step + 1)
-            if done or (settings.validate_every and (step + 1) % settings.validate_every == 0):
-                figures = _validated(model, validate, out / "validation.csv", step + 1, main)
-    if first == settings.steps:  # everything was done, and perhaps killed before the last lines
-        figures = _validated(model, validate, out / "validation.csv", first, main)
-    if main:
-        model.config = dataclasses.replace(
-            model.config, task=", ".join(t.name for t in jobs), training_data=training_data, metrics=figures
-        )
+            if not done and settings.validate_every and (step + 1) % settings.validate_every == 0:
+                _validated(model, validate, out / "validation.csv", step + 1, main)
+    try:
+        figures = _validated(model, validate, out / "validation.csv", settings.steps, main)
+    finally:  # what was trained is kept, whatever validating it met with
+        for part in frozen:
+            part.requires_grad_(True)
         model.eval()
-        model.save_pretrained(out, include_backbones=include_backbones or settings.finetune)
-        if settings.finetune:
-            checkpoints.save_finetuned(model, out)
-        for task in jobs:
-            checkpoints.save_head(task, out)
+        if main:
+            model.config = dataclasses.replace(
+                model.config, task=", ".join(t.name for t in jobs), training_data=training_data, metrics=figures
+            )
+            model.save_pretrained(out, include_backbones=include_backbones or settings.finetune)
+            if settings.finetune:
+                checkpoints.save_finetuned(model, out)
+            for task in jobs:
+                checkpoints.save_head(task, out)
     accelerator.wait_for_everyone()
     return figures
 
