@@ -2,7 +2,7 @@
 
     python examples/correspondence.py --data shoes --root shoes [--adapters]
 
-Prints PCK@10 of a quarter of the photos, kept apart with their sketches. Without --root, images are drawn.
+Prints PCK@10 of a quarter of the photos, held out with their sketches. Without --root, images are drawn.
 """
 
 from dataclasses import replace

@@ -2,7 +2,7 @@
 
     python examples/recognition_head.py --data tuberlin --root tuberlin [--adapters]
 
-Prints Acc@1 of a quarter of the sketches, kept apart. Without --root, images are drawn.
+Prints Acc@1 of a quarter of the sketches, held out. Without --root, images are drawn.
 """
 
 from dataclasses import replace
