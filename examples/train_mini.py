@@ -140,7 +140,7 @@ FUSION_TEMPERATURE, TARGET_GRID = 0.05, 7
 SHOES_APART, ANIMALS_APART, ANIMALS, ANIMAL_APART = 0.33, 0.2, ("cat", "dog", "horse"), "sheep"
 QUERIES_TRAINED = 12  # sketches of each animal; the others are what its photos are segmented with in the evaluation
 TASKS_DRAWN, TASKS_TUBERLIN, TASKS_LOOSE = 8, 6, 300  # photos a class to make drawings of; sketches; other photos
-TASKS_SETTINGS = Settings(steps=220, lr=3e-3, views=3, checkpoint_every=20)
+TASKS_SETTINGS = Settings(steps=180, lr=3e-3, views=2, checkpoint_every=20)
 RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
 TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0}
 
