@@ -140,7 +140,7 @@ FUSION_TEMPERATURE, TARGET_GRID = 0.05, 7
 SHOES_APART, ANIMALS_APART, ANIMALS, ANIMAL_APART = 0.33, 0.2, ("cat", "dog", "horse"), "sheep"
 QUERIES_TRAINED = 12  # sketches of each animal; the others are what its photos are segmented with in the evaluation
 TASKS_DRAWN, TASKS_TUBERLIN, TASKS_LOOSE = 8, 6, 300  # photos a class to make drawings of; sketches; other photos
-TASKS_SETTINGS = Settings(steps=180, lr=3e-3, views=2, checkpoint_every=20)
+TASKS_SETTINGS = Settings(steps=240, lr=3e-3, views=2, checkpoint_every=20)
 RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
 TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0}
 
@@ -692,6 +692,8 @@ class Arrays:
     unseen_sketches: np.ndarray
     unseen_photos_labels: np.ndarray
     unseen_sketches_labels: np.ndarray
+    unseen_photos_targets: np.ndarray
+    unseen_sketches_targets: np.ndarray
     joint_classes: np.ndarray
 
     def __init__(self, work: Path):
@@ -825,27 +827,41 @@ def train_semantic(out: Path, recorder: Recorder) -> None:
         if (step + 1) % LOG_EVERY == 0:
             recorder.note(step=step + 1, side=stage.side, loss=loss.item(), **figures)
         if (step + 1) % SEMANTIC_CHECKPOINT_EVERY == 0 or step + 1 == ends[-1]:
-            recorder.note(step=step + 1, unseen_map=semantic_map(model, arrays, stage.side))
+            recorder.note(step=step + 1, **semantic_maps(model, heads, arrays, stage.side))
             recorder.save(step + 1, **parts)
             save_semantic(model, out)
 
 
 @torch.no_grad()
-def semantic_map(model: CLIPVisionModel, arrays: Arrays, side: int) -> float:
-    """mAP@all of the unseen classes with the mean patch token."""
+def semantic_maps(model: CLIPVisionModel, heads: SemanticHeads, arrays: Arrays, side: int) -> dict[str, float]:
+    """mAP@all of the unseen classes with the mean patch token, with what is read of it in the teacher's space, and with
+    the teacher itself in the model's place on one side: which of the two falls short of it."""
 
-    def describe(images: np.ndarray) -> Tensor:
+    def describe(images: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         views = torch.eye(2, 3).expand(len(images), -1, -1)
-        parts = [
+        tokens = torch.cat([
             patch_tokens(model, F.interpolate(look(i, v, CANVAS), size=(side, side), mode="bilinear", antialias=True))[
                 -1
             ]
             for i, v in zip(np.array_split(images, 32), views.tensor_split(32), strict=True)
-        ]
-        return torch.cat([p.mean(1) for p in parts])
+        ])  # fmt: skip
+        taught = torch.from_numpy(targets[..., -JOINT_DIM:]).float().mean((1, 2))
+        return tokens.mean(1), heads.read[-1](tokens).mean(1), taught
 
-    labels = (torch.tensor(v) for v in (arrays.unseen_sketches_labels, arrays.unseen_photos_labels))
-    return mean_average_precision(describe(arrays.unseen_sketches), describe(arrays.unseen_photos), *labels)
+    sketches, photos = (
+        describe(images, targets)
+        for images, targets in (
+            (arrays.unseen_sketches, arrays.unseen_sketches_targets),
+            (arrays.unseen_photos, arrays.unseen_photos_targets),
+        )
+    )
+    labels = [torch.tensor(v) for v in (arrays.unseen_sketches_labels, arrays.unseen_photos_labels)]
+    return {
+        "unseen_map": mean_average_precision(sketches[0], photos[0], *labels),
+        "read": mean_average_precision(sketches[1], photos[1], *labels),
+        "teachers_sketches": mean_average_precision(sketches[2], photos[1], *labels),
+        "teachers_photos": mean_average_precision(sketches[1], photos[2], *labels),
+    }
 
 
 # Diffusion backbone
