@@ -71,14 +71,13 @@ def make_job(
         raise ConfigError("images", f"is {images}", legal="an integer from 1 up")
     if hidden is not None and hidden < 1:
         raise ConfigError("hidden", f"is {hidden}", legal="an integer from 1 up")
-    usable = _usable(name, sketches)
-    data = usable(data)
+    data = _usable(name, data, sketches)
     if isinstance(held_out, DataSet):
-        apart = usable(held_out)
-        gone = set(apart.records)
-        classes = [c for c in data.classes if name != "retrieval" or c not in held_out.classes]
-        rest = tuple(record for record in data.records if record not in gone)
-        kept = _part(dataclasses.replace(data, records=rest), classes, f"without {held_out.split}")
+        apart = _usable(name, held_out, sketches)
+        gone, unseen = set(held_out.records), held_out.classes if name == "retrieval" else ()
+        rest = tuple(record for record in data.records if record not in gone and record.label not in unseen)
+        classes = tuple(label for label in data.classes if label not in unseen)
+        kept = DataSet(data.name, classes, rest, f"{data.split}, without {held_out.split}")
     else:
         kept, apart = (_split_classes if name == "retrieval" else _split_records)(data, held_out)
     half = max(1, images // 2)
@@ -133,23 +132,17 @@ def make_job(
     return Job(task, shown_data, validate)
 
 
-def _usable(task: str, sketches: DataSet | None) -> Callable[[DataSet], DataSet]:
-    """Leaves out the classes that a task cannot use, and its protocol would refuse."""
-
-    def usable(data: DataSet) -> DataSet:
-        present = {kind: {record.label for record in getattr(data, kind)} for kind in ("photos", "sketches")}
-        if task == "retrieval":
-            both = present["photos"] & present["sketches"]
-        elif task == "segmentation" and sketches is not None:
-            both = present["photos"] & {record.label for record in sketches.sketches}
-        else:
-            return data
-        if lost := [name for name in data.classes if name not in both]:
-            log.info("%s (%s): left out, with one side only: %s", data.name, data.split, ", ".join(lost))
-            return _part(data, [name for name in data.classes if name in both], f"without {len(lost)} classes")
+def _usable(task: str, data: DataSet, sketches: DataSet | None) -> DataSet:
+    """Without the classes that a task cannot use, and its protocol would refuse."""
+    drawn = data if task == "retrieval" else sketches if task == "segmentation" else None
+    if drawn is None:
         return data
-
-    return usable
+    both = {record.label for record in data.photos} & {record.label for record in drawn.sketches}
+    lost = [name for name in data.classes if name not in both]
+    if not lost:
+        return data
+    log.info("%s (%s): left out, without photos or without sketches: %s", data.name, data.split, ", ".join(lost))
+    return _part(data, [name for name in data.classes if name in both], f"without {len(lost)} classes")
 
 
 def _fused(model: SketchFusion) -> Extractor:
