@@ -2,7 +2,7 @@
 
     python examples/segmentation.py --data voc --root voc --sketches tuberlin --sketches-root tuberlin [--adapters]
 
-Prints mIoU and pAcc of photos and held-out sketches, a fifth of each. Without --root, images are drawn.
+Prints mIoU and pAcc of held-out photos and sketches, a fifth of each. Without --root, images are drawn.
 """
 
 from dataclasses import replace

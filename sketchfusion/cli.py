@@ -335,7 +335,8 @@ def train(
         )
         for name, part, kept in zip(task, loaded, apart, strict=True)
     ]  # fmt: skip
-    known = extractor.config.training_data  # the backbones, at least, go on with what they were trained on
+    before = extractor.config.training_data  # the backbones, at least, go on with what they were trained on
+    shown = "; ".join(job.shown for job in jobs)
     figures = run(
         extractor,
         [job.task for job in jobs],
@@ -343,7 +344,7 @@ def train(
         settings,
         cache=cache,
         validate=lambda model: {key: value for job in jobs for key, value in job.validate(model).items()},
-        training_data=". Then: ".join([*([known] if known else []), "; ".join(job.shown for job in jobs)]),
+        training_data=f"{before}. Then: {shown}" if before else shown,
         include_backbones=include_backbones,
     )
     if as_json:

@@ -142,8 +142,6 @@ def write(results: Sequence[Result], directory: str | os.PathLike) -> None:
 def check_directory(directory: Path) -> None:
     """What `write` can know before anything is computed; it raises the same."""
     plots.require_matplotlib()
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError("report", f"{directory} is a file", legal="a folder")
     nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError("report", f"nothing can be written to {nearest}", legal="a folder that can be written to")
