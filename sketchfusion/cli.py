@@ -202,14 +202,12 @@ def analyze(
     from . import plots
     from .data import spaced
     from .evaluation import analysis
+    from .files import make_folder
     from .model import SketchFusion
 
     plots.require_matplotlib()
     paths = {kind: analysis.find_images(place, limit) for kind, place in folders.items()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("--out", f"{out} cannot be made: {error.strerror}", legal="a folder to write to") from None
+    make_folder(out)
     extractor = SketchFusion.from_pretrained(model, device=device, dtype=dtype)
     read: dict[str, list[str]] = {kind: [] for kind in paths}
     options: dict[str, Any] = {"ensemble": ensemble, "batch_size": batch_size}

@@ -34,6 +34,13 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
             unfinished.unlink()
 
 
+def share(folder: Path, like: Path) -> None:
+    """Give every file of a folder the mode of another file: save_file leaves what it writes to its owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(like.stat().st_mode)
+
+
 def make_folder(path: Path) -> None:
     """With its parents, where it is missing.
 

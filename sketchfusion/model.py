@@ -26,6 +26,7 @@ from .backbones.semantic import SemanticBackbone
 from .config import BackboneConfig, Config, check_blocks, check_ensemble, unknown_key
 from .errors import ConfigError, ImageError, LoadError, SketchFusionError
 from .features import Features
+from .files import share
 from .fusion.aggregation import Aggregator, max_pool
 from .fusion.injection import Adapters
 from .hub import Location
@@ -708,12 +709,11 @@ class SketchFusion(nn.Module):
                 diffusion_backbone.save_complete(self._origins["diffusion"], staged / "diffusion", self._variant)
             if "semantic" in include:
                 semantic_backbone.save_complete(self._origins["semantic"], staged / "semantic")
-            readers = (staged / "config.json").stat().st_mode  # save_file leaves its files to the owner alone
+            share(staged, like=staged / "config.json")
             for path in sorted(staged.rglob("*")):
                 if path.is_file():
                     target = directory / path.relative_to(staged)
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    path.chmod(readers)
                     os.replace(path, target)
 
 

@@ -484,6 +484,8 @@ def test_finetuning_reaches_the_backbones_and_is_saved(
     loaded = SketchFusion.from_pretrained(tmp_path, dtype="float32", device="cpu")
     image = shapes.records[0].path
     torch.testing.assert_close(loaded.encode(image).pooled, untrained.encode(image).pooled, rtol=0.02, atol=0.02)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "log.csv").stat().st_mode}
     untrained.save_pretrained(tmp_path / "again")
     again = SketchFusion.from_pretrained(tmp_path / "again", dtype="float32", device="cpu")
     assert torch.equal(again.encode(image).pooled, loaded.encode(image).pooled)

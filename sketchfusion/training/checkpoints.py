@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import LoadError, SketchFusionError
-from ..files import write_tensors
+from ..files import share, write_tensors
 from ..model import SketchFusion
 from ..tasks import Task
 from ..tasks.recognition import Recognition, make_head
@@ -85,6 +85,7 @@ def save_finetuned(model: SketchFusion, folder: Path) -> None:
         for old in target.glob("*.safetensors*"):  # of another dtype, or in several pieces
             old.unlink()
         part.save_pretrained(target)
+        share(target, like=folder / "config.json")
     model._moved(folder)
 
 
