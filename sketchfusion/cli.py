@@ -240,10 +240,13 @@ def train(
     data: Annotated[list[str], typer.Option(help="Data set of each task, or one for all; see docs/data.md.")],
     root: Annotated[list[Path], typer.Option(help="Folder of each data set.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and the state to resume from.")],
-    classes: Annotated[str, typer.Option(help="seen, unseen, all, or a file with a name a line.")] = "all",
+    classes: Annotated[
+        list[str], typer.Option(help="Of each set, or of all: seen, unseen, all, or a file with a name a line.")
+    ] = ["all"],  # noqa: B006
+    part: Annotated[str | None, typer.Option(help="train, valid or test, where the sets have parts.")] = None,
     held_out: Annotated[
-        str, typer.Option(help="To validate on: a share of each set, or classes: unseen, or a file.")
-    ] = "0.1",
+        list[str], typer.Option(help="To validate on: a share of each set, or classes: unseen, or a file.")
+    ] = ["0.1"],  # noqa: B006
     sketches: Annotated[str | None, typer.Option(help="Segmentation: the set with the sketches.")] = None,
     sketches_root: Annotated[Path | None, typer.Option(help="Segmentation: its folder.")] = None,
     model: Model = "mini",
@@ -253,7 +256,7 @@ def train(
     ] = None,
     semantic: Annotated[str | None, typer.Option(help="See --diffusion.")] = None,
     images: Annotated[int, typer.Option(help="Images of each task in a batch.")] = 64,
-    level: Annotated[str, typer.Option(help="Retrieval: category or fine.")] = "category",
+    level: Annotated[list[str], typer.Option(help="Retrieval: category or fine.")] = ["category"],  # noqa: B006
     loss: Annotated[str, typer.Option(help="Retrieval: info_nce or triplet.")] = "info_nce",
     hidden: Annotated[int | None, typer.Option(help="Recognition: hidden width of an MLP head.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
@@ -292,11 +295,17 @@ def train(
     from .training import train as run
     from .training.jobs import make_job
 
-    for name, count in {"--data": len(data), "--root": len(root)}.items():
-        if count not in (1, len(task)):
+    def of_each(name: str, given: list[Any]) -> list[Any]:
+        if len(given) not in (1, len(task)):
             raise ConfigError(
-                name, f"is given {count} times for {len(task)} tasks", legal=f"once, or {len(task)} times"
+                name, f"is given {len(given)} times for {len(task)} tasks", legal=f"once, or {len(task)} times"
             )
+        return given * (len(task) // len(given))
+
+    sets = list(zip(of_each("--data", data), of_each("--root", root), strict=True))
+    chosen, apart_of, levels = (
+        of_each(name, given) for name, given in (("--classes", classes), ("--held-out", held_out), ("--level", level))
+    )
     if sketches is not None and sketches_root is None:
         raise ConfigError("--sketches-root", "is missing", legal="the folder of the set that --sketches names")
     if (diffusion is None) != (semantic is None):
@@ -306,11 +315,10 @@ def train(
         seed=seed, checkpoint_every=checkpoint_every, validate_every=validate_every, without=tuple(without or ()),
         gradient_checkpointing=gradient_checkpointing, finetune=finetune,
     )  # fmt: skip
-    sets, parts = data * (len(task) // len(data)), root * (len(task) // len(root))
-    loaded = [load(name, folder, classes=classes) for name, folder in zip(sets, parts, strict=True)]
+    loaded = [load(*where, classes=names, part=part) for where, names in zip(sets, chosen, strict=True)]
     apart: list[Any] = [
-        float(held_out) if is_number(held_out) else load(name, folder, classes=held_out)
-        for name, folder in zip(sets, parts, strict=True)
+        float(names) if is_number(names) else load(*where, classes=names, part=part)
+        for where, names in zip(sets, apart_of, strict=True)
     ]
     drawn = None if sketches is None or sketches_root is None else load(sketches, sketches_root, classes="all")
 
@@ -328,13 +336,13 @@ def train(
         extractor.reset()
     jobs = [
         make_job(
-            name, part, extractor,
-            held_out=kept, sketches=drawn, images=images, level=level, loss=loss, hidden=hidden,
+            name, shown, extractor,
+            held_out=kept, sketches=drawn, images=images, level=kind_of, loss=loss, hidden=hidden,
         )
-        for name, part, kept in zip(task, loaded, apart, strict=True)
+        for name, shown, kept, kind_of in zip(task, loaded, apart, levels, strict=True)
     ]  # fmt: skip
     before = extractor.config.training_data  # the backbones, at least, go on with what they were trained on
-    shown = "; ".join(job.shown for job in jobs)
+    seen = "; ".join(job.shown for job in jobs)
     figures = run(
         extractor,
         [job.task for job in jobs],
@@ -342,7 +350,7 @@ def train(
         settings,
         cache=cache,
         validate=lambda model: {key: value for job in jobs for key, value in job.validate(model).items()},
-        training_data=f"{before}. Then: {shown}" if before else shown,
+        training_data=f"{before}. Then: {seen}" if before else seen,
         include_backbones=include_backbones,
     )
     if as_json:
@@ -351,6 +359,11 @@ def train(
         for name, value in figures.items():
             print(f"{name}: {value:.4f}")
         print(f"checkpoint: {out}")
+
+
+def listed(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def is_number(text: str) -> bool:
@@ -410,7 +423,7 @@ def evaluate(
         reporting.check_directory(report)
     results = evaluation.evaluate(
         task, data, root, classes=classes, part=part, model=model, limit=limit, batch_size=batch_size,
-        rows=rows.split(",") if rows else tuple(evaluation.ROWS), ensemble=ensemble, size=size, device=device,
+        rows=listed(rows) if rows else tuple(evaluation.ROWS), ensemble=ensemble, size=size, device=device,
         dtype=dtype, convention=convention, gallery=gallery, test=test_root, held_out=held_out, queries=queries,
         photos=photos and (photos, photos_root), sketches=sketches and (sketches, sketches_root),
     )  # fmt: skip
@@ -443,7 +456,7 @@ def bench(
     """
 
     def integers(name: str, text: str) -> list[int]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = listed(text)
         for part in parts:
             if not part.isdecimal():
                 raise ConfigError(name, f"is {text!r}", legal="integers, separated by commas")
@@ -456,7 +469,7 @@ def bench(
 
     if plot is not None:
         plots.check_file(plot)
-    chosen = list(benchmark.PEERS) if peers is None else [] if peers == "none" else peers.split(",")
+    chosen = list(benchmark.PEERS) if peers is None else [] if peers == "none" else listed(peers)
     result = benchmark.bench(
         model, peers=chosen, sizes=counts[2] or None, batch_sizes=counts[0], ensembles=counts[1], runs=runs,
         device=device, dtype=dtype, compile=compile,

@@ -449,18 +449,29 @@ def test_shoes(tmp_path: Path) -> None:
     assert Counter(names for _, _, names in found.pairs()) == {("toe", "heel"): 11, ("heel",): 1}
 
 
-def test_shoes_with_an_image_that_is_damaged_or_blank(tmp_path: Path) -> None:
-    write(write_shoes(tmp_path), "photo/001.jpg")
-    paint(tmp_path / "photo/002.jpg", (64, 64), "white")
-    photos = load("shoes", tmp_path).photos
-    assert photos[1].points == photos[2].points == ()
-    with pytest.raises(ImageError, match=r"photo/001\.jpg"):
-        photos[1].open()
+def test_shoes_with_an_image_that_is_blank(tmp_path: Path) -> None:
+    paint(write_shoes(tmp_path) / "photo/002.jpg", (64, 64), "white")
+    found = load("shoes", tmp_path)
+    assert [len(photo.points) for photo in found.photos] == [2, 2, 0, 2, 2, 2]
+    assert len(found.pairs()) == 10
+
+
+@pytest.mark.parametrize("name", ["photo/001.jpg", "sketch/001-2.png", "photo/006.jpg"])
+def test_shoes_with_an_image_that_is_damaged(tmp_path: Path, name: str) -> None:
+    """It would be missing from the pairs otherwise, and nobody would hear of it; even one that no box is known of."""
+    write(write_shoes(tmp_path), name)
+    with pytest.raises(ImageError) as caught:
+        load("shoes", tmp_path)
+    assert caught.value.source == f"{tmp_path}/{name}"
 
 
 def test_shoes_that_are_incomplete(tmp_path: Path) -> None:
     (write_shoes(tmp_path) / "photo/003.jpg").unlink()
     assert "incomplete: 2 of 12 sketches, such as 003-1.png, lack their photo" in refused("shoes", tmp_path)
+    for name in ("003-1", "003-2", "000-1"):
+        (tmp_path / f"sketch/{name}.png").unlink()
+    told = "incomplete: 4 of the 18 images in parts.json are not there, such as 003"
+    assert told in refused("shoes", tmp_path)
     (tmp_path / "parts.json").write_text('{"parts": {"000": {"toe": [1, 2]}}}')
     assert "parts.json cannot be read: ValueError" in refused("shoes", tmp_path)
     (tmp_path / "parts.json").write_text("[]")

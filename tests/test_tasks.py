@@ -1,16 +1,19 @@
 """Losses, heads, predictions and metrics of the four tasks, beside other implementations and hand-worked cases."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sketchfusion import ConfigError, Features, Geometry, SketchFusionError
 from sketchfusion.data import DataSet, Record
 from sketchfusion.images import collate, letterbox
-from sketchfusion.tasks import Sample
+from sketchfusion.tasks import Sample, retrieval
 from sketchfusion.tasks.correspondence import Correspondence, match, pck
 from sketchfusion.tasks.recognition import Recognition, accuracy, fit_linear
 from sketchfusion.tasks.retrieval import Retrieval, info_nce, rank_metrics, search, triplet_loss
@@ -142,6 +145,24 @@ class TestRetrievalMetrics:
         scores, rows = search(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 1.0]]), 9)
         assert rows.tolist() == [[1, 2, 0]]  # equal cosines: the first of the gallery first
         assert scores.tolist() == [[1, 1, 0]]
+
+    def test_search_keeps_no_block_of_similarities(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Or memory would be that of all queries times the whole gallery."""
+        storages: list[StorageWeakRef] = []
+        alive: list[int] = []
+
+        def watched(*arguments: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for block in ranked(*arguments):
+                alive.append(sum(not storage.expired() for storage in storages))
+                storages.extend(StorageWeakRef(part.untyped_storage()) for part in block)
+                yield block
+                del block
+
+        ranked = retrieval._ranked
+        monkeypatch.setattr(retrieval, "_ranked", watched)
+        scores, rows = search(torch.eye(6), torch.eye(6), 2, block_bytes=1)
+        assert scores.shape == rows.shape == (6, 2)
+        assert alive == [0] * 6
 
 
 class TestRetrievalLosses:

@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sketchfusion import ConfigError, ImageError, LoadError, SketchFusion, SketchFusionError
+from sketchfusion import ConfigError, ImageError, LoadError, SketchFusion, SketchFusionError, cli
 from sketchfusion.data import DataSet, Record
+from sketchfusion.evaluation import protocols
 from sketchfusion.tasks import Task
 from sketchfusion.tasks.correspondence import Correspondence
 from sketchfusion.tasks.recognition import Recognition
@@ -28,7 +29,7 @@ from sketchfusion.training import Settings, train
 from sketchfusion.training.cache import SHARD, Entry, FrozenCache, backbones_key, pixels_of
 from sketchfusion.training.checkpoints import STATE, load_head
 from sketchfusion.training.jobs import make_job
-from sketchfusion.training.loop import _look_at
+from sketchfusion.training.loop import _look_at, fingerprint
 from sketchfusion.training.views import View, draw_view, look
 
 SHAPES = {"disc": "ellipse", "block": "rectangle", "wedge": "polygon"}
@@ -493,6 +494,33 @@ def test_finetuning_reaches_the_backbones_and_is_saved(
         train(untrained, tasks_of("retrieval", shapes, 32), tmp_path / "b", plan, cache=tmp_path)
 
 
+def test_two_tasks_of_one_name_are_told_apart_in_the_log(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+) -> None:
+    tasks = [
+        tasks_of("retrieval", shapes, 32),
+        tasks_of("correspondence", shapes, 32),
+        tasks_of("retrieval", shapes, 32),
+    ]
+    train(untrained, tasks, tmp_path, FEW)
+    names = {name.split(".")[0] for name in rows(tmp_path / "log.csv")[0] if "." in name}
+    assert names == {"retrieval1", "correspondence", "retrieval3"}
+
+
+def test_a_log_that_cannot_be_written_is_known_before_the_cache_is_filled(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "log.csv").mkdir(parents=True)
+    with pytest.raises(SketchFusionError, match=r"log\.csv: cannot be written to"):
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path / "out", FEW, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_number_of_processes_is_another_run(untrained: SketchFusion, shapes: DataSet) -> None:
+    plan = untrained, [tasks_of("retrieval", shapes, 32)], FEW
+    assert fingerprint(*plan, kept=False, processes=1) != fingerprint(*plan, kept=False, processes=2)
+
+
 class TestJobs:
     @pytest.mark.parametrize("name", ["retrieval", "recognition", "correspondence", "segmentation"])
     def test_what_is_kept_apart_is_not_trained_on(self, name: str, model: SketchFusion, shapes: DataSet) -> None:
@@ -507,6 +535,41 @@ class TestJobs:
     def test_retrieval_keeps_whole_classes_apart(self, model: SketchFusion, shapes: DataSet) -> None:
         job = make_job("retrieval", shapes, model, held_out=0.34, images=8)
         assert len({record.label for record in job.task.records}) == 2
+
+    @pytest.mark.parametrize("share", [0.1, 0.25, 0.4, 0.6, 0.75])
+    def test_the_share_of_classes_is_the_one_asked_for(
+        self, share: float, model: SketchFusion, shapes: DataSet
+    ) -> None:
+        names = [f"class {i}" for i in range(10)]
+        records = [dataclasses.replace(record, label=name) for name in names for record in shapes.records[:12]]
+        data = dataclasses.replace(shapes, classes=tuple(names), records=tuple(records))
+        job = make_job("retrieval", data, model, held_out=share, images=8)
+        assert len({record.label for record in job.task.records}) == 10 - max(1, round(share * 10))
+
+    def test_segmentation_is_validated_with_sketches_it_did_not_see(
+        self, model: SketchFusion, shapes: DataSet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[DataSet] = []
+        real = protocols.segmentation
+
+        def spied(extractor: Any, data: DataSet, sketches: DataSet) -> Any:
+            asked.append(sketches)
+            return real(extractor, data, sketches)
+
+        monkeypatch.setattr(protocols, "segmentation", spied)
+        job = make_job("segmentation", shapes, model, held_out=0.2, sketches=shapes, images=8)
+        job.validate(model)
+        (queries,) = asked
+        assert {record.label for record in queries.records} == set(shapes.classes)
+        assert not set(queries.records) & set(job.task.records)
+        assert "80%" in job.shown
+
+    def test_what_was_trained_on_is_said_in_words(self, model: SketchFusion, shapes: DataSet) -> None:
+        settings = {"held_out": 0.34, "images": 16, "sketches": shapes}
+        fine = make_job("retrieval", shapes, model, level="fine", loss="triplet", **settings)
+        assert fine.shown.endswith("(fine level, triplet)")
+        assert fine.shown.count(shapes.name) == 1  # the sketches are segmentation's
+        assert fine.task.per_class == 4  # hard negatives
 
     @pytest.mark.parametrize("name", ["retrieval", "correspondence", "segmentation"])
     def test_a_set_that_is_held_out_is_not_trained_on(self, name: str, model: SketchFusion, shapes: DataSet) -> None:
@@ -591,10 +654,22 @@ class TestCommandLine:
         assert [row["loss"] for row in after[:common]] == [row["loss"] for row in before[:common]]
         assert "map_all" in finished.stdout
 
+    def test_every_task_has_its_own_classes(self, sketchy: Path, tmp_path: Path) -> None:
+        """All classes for the first; of the second's one class none can be held out."""
+        some = tmp_path / "some.txt"
+        some.write_text("disc\n")
+        with pytest.raises(SketchFusionError, match="of 1 classes"):
+            cli.train(
+                task=["retrieval", "retrieval"], data=["sketchy"], root=[sketchy], out=tmp_path / "out",
+                classes=["all", str(some)], held_out=["0.34"], level=["category", "fine"], steps=1, device="cpu",
+            )  # fmt: skip
+
     @pytest.mark.parametrize(
         ("more", "problem"),
         [
             (["--task", "recognition", "--task", "segmentation", "--data", "shoes"], "--data: is given 2 times"),
+            (["--classes", "seen", "--classes", "all"], "--classes: is given 2 times"),
+            (["--part", "test"], "part"),
             (["--steps", "0"], "steps: is 0"),
             (["--weight-decay", "-1"], "weight_decay"),
             (["--seed", "-1"], "seed: is -1"),

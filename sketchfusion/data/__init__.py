@@ -51,6 +51,7 @@ def load(
     Raises:
         DataError: the folder is not that set, is incomplete, or a class is not in it.
         ConfigError: no such set, or no such part of it.
+        ImageError: an image of shoes cannot be read.
     """
     if name not in LOADERS:
         near = get_close_matches(name, NAMES, n=1)

@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import ImageError
 from ..images import open_image
 from ..strokes import Strokes
 from .layout import Classes, Published, images
@@ -36,6 +35,9 @@ def scan(root: Path, classes: Classes, part: None) -> DataSet:
     Some boxes are off, and left out: those whose centre or size lies, along any axis, more than 3.5 robust standard
     deviations (1.4826 times the median distance from the median, 0.02 at least) from the median over all boxes of
     that part, in photos and in sketches apart.
+
+    Raises:
+        ImageError: an image cannot be read; the source is the file.
     """
     PUBLISHED.check(root, lambda folder: all((folder / name).exists() for name in ("photo", "sketch", "parts.json")))
     try:
@@ -50,6 +52,11 @@ def scan(root: Path, classes: Classes, part: None) -> DataSet:
     if orphans := [name for name in sketches if Path(name).stem.rpartition("-")[0] not in known]:
         raise PUBLISHED.error(
             root, f"incomplete: {len(orphans)} of {len(sketches)} sketches, such as {orphans[0]}, lack their photo"
+        )
+    there = known | {Path(name).stem for name in sketches}
+    if lost := [stem for stem in parts if stem not in there]:
+        raise PUBLISHED.error(
+            root, f"incomplete: {len(lost)} of the {len(parts)} images in parts.json are not there, such as {lost[0]}"
         )
     chosen, words = PUBLISHED.choose(root, [LABEL] if photos and sketches else [], classes)
     records = [_record(root, "photo", name, Path(name).stem, parts) for name in photos]
@@ -79,22 +86,15 @@ def _record(
     parts: Mapping[str, Mapping[str, tuple[float, float]]],
 ) -> Record:
     path = f"{root}/{kind}/{name}"
-    points: tuple[tuple[str, float, float], ...] = ()
-    if centres := parts.get(Path(name).stem):
-        left, top, width, height = _tight(path)
-        if width:
-            points = tuple((part, left + x * width, top + y * height) for part, (x, y) in centres.items())
+    left, top, width, height = _tight(path)
+    centres = parts.get(Path(name).stem, {}) if width else {}
+    points = tuple((part, left + x * width, top + y * height) for part, (x, y) in centres.items())
     return Record(path, kind, LABEL, photo=photo, points=points)
 
 
 def _tight(path: str) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the tight box around an image's ink; nothing of one that cannot be read, which
-    shows when it is opened.
-    """
-    try:
-        opened = open_image(path)
-    except ImageError:
-        return 0, 0, 0, 0
+    """Left, top, width and height of the tight box around an image's ink; zeros where there is none."""
+    opened = open_image(path)
     if isinstance(opened, Strokes):
         opened = opened.render(*opened.size)
     box = opened.convert("L").point(lambda grey: 255 * (grey < PAPER)).getbbox()

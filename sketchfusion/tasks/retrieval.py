@@ -160,7 +160,10 @@ def search(queries: Tensor, gallery: Tensor, k: int, *, block_bytes: int = BLOCK
     Returns:
         Cosines (Q, k), best first, and rows of the gallery (Q, k); equal cosines keep the gallery's order.
     """
-    parts = [(scores[:, :k], rows[:, :k]) for scores, rows in _ranked(queries, gallery, block_bytes)]
+    parts = []
+    for scores, rows in _ranked(queries, gallery, block_bytes):
+        parts.append((scores[:, :k].clone(), rows[:, :k].clone()))  # slices would keep the whole block
+        del scores, rows  # before the next one is made
     return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
 
 

@@ -59,8 +59,9 @@ class State:
                 metadata = file.metadata() or {}
                 if metadata.get("run") != self.run:
                     raise SketchFusionError(
-                        f"{self.path.parent} holds another run, with other settings, data or model: name another "
-                        f"folder, or delete {self.path.name} to begin afresh there"
+                        f"{self.path.parent} holds another run, with other settings, images or model: name another "
+                        f"folder, or delete {self.path.name} to begin afresh there (an image that stopped a run has to "
+                        "be replaced under its name for the run to go on)"
                     )
                 for name, parameter in self.parameters.items():
                     parameter.copy_(file.get_tensor(f"weight.{name}"))

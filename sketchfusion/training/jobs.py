@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..data import DataSet, Record, split
+from ..data import DataSet, Record, spaced, split
 from ..errors import ConfigError, SketchFusionError
 from ..evaluation import protocols
 from ..evaluation.rows import Extractor
@@ -53,8 +53,8 @@ def make_job(
         data: what to train on. Segmentation: photos with masks.
         model: that is to be trained.
         held_out: what to validate on, or the share of `data` to hold out: whole classes for retrieval, since that is
-            to work on classes never seen; photos with their sketches for the others. What is held out is not trained
-            on, wherever it comes from.
+            to work on classes never seen; photos with their sketches for the others, and for segmentation the same
+            share of each class's `sketches` as well. What is held out is not trained on, wherever it comes from.
         sketches: segmentation: the sketches that say what to find.
         images: in a batch.
         level, loss: see `Retrieval`. hidden: see `Recognition`.
@@ -82,7 +82,8 @@ def make_job(
         kept, apart = (_split_classes if name == "retrieval" else _split_records)(data, held_out)
     half = max(1, images // 2)
     if name == "retrieval":
-        per_class = min(2, half)
+        # At the fine level a class's other photos are the hard negatives: in Sketchy two to four of those drawn from.
+        per_class = min(4 if level == "fine" else 2, half)
         task: Any = Retrieval(
             kept,
             level=level,
@@ -116,8 +117,10 @@ def make_job(
         shown = ("pck_5", "pck_10")
     else:
         assert sketches is not None
-        queries = sketches
-        task = Segmentation(kept, queries, pairs=half)
+        drawn, queries = sketches, sketches
+        if not isinstance(held_out, DataSet):
+            drawn, queries = _split_sketches(sketches, held_out)
+        task = Segmentation(kept, drawn, pairs=half)
 
         def figures(model: SketchFusion) -> dict[str, Any]:
             return protocols.segmentation(_fused(model), apart, queries)[0].figures
@@ -128,8 +131,12 @@ def make_job(
         found = figures(model)
         return {f"{name} {key}, {apart.split}": float(found[key]) for key in shown}
 
-    shown_data = f"{kept.name}: {kept.split}" + (f", {sketches.name}: {sketches.split}" if sketches else "")
-    return Job(task, shown_data, validate)
+    seen = f"{kept.name}: {kept.split}"
+    if name == "retrieval":
+        seen += f" ({level} level, {loss})"
+    elif name == "segmentation":
+        seen += f", {drawn.name}: {drawn.split}"
+    return Job(task, seen, validate)
 
 
 def _usable(task: str, data: DataSet, sketches: DataSet | None) -> DataSet:
@@ -160,9 +167,9 @@ def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Re
 
 
 def _split_classes(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
-    """Every so many-th class of the alphabet is held out."""
-    every = max(2, round(1 / share)) if 0 < share < 1 else 0
-    apart = data.classes[every // 2 :: every] if every else ()
+    """Classes evenly spaced in the alphabet are held out, one at least."""
+    count = max(1, round(share * len(data.classes))) if 0 < share < 1 else 0
+    apart = tuple(spaced(data.classes, count)) if count else ()
     kept = tuple(name for name in data.classes if name not in apart)
     if not apart or len(kept) < 2:
         raise SketchFusionError(
@@ -175,6 +182,17 @@ def _part(data: DataSet, classes: Sequence[str], words: str) -> DataSet:
     chosen = set(classes)
     records = tuple(record for record in data.records if record.label in chosen)
     return DataSet(data.name, tuple(classes), records, f"{data.split}, {words}")
+
+
+def _split_sketches(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
+    """Of each class, sketches that are evenly spaced, one at least: a class without queries could not be validated."""
+    groups = [[record for record in data.sketches if record.label == name] for name in data.classes]
+    apart = {record for group in groups for record in spaced(group, max(1, round(share * len(group))))}
+    kept = tuple(record for group in groups for record in group if record not in apart or len(group) == 1)
+    return (
+        dataclasses.replace(data, records=kept, split=f"{data.split}, {1 - share:.0%}"),
+        dataclasses.replace(data, records=tuple(apart), split=f"{data.split}, {share:.0%} held out"),
+    )
 
 
 def _split_records(data: DataSet, share: float) -> tuple[DataSet, DataSet]:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -91,6 +91,9 @@ class _Trainee(nn.Module):
         super().__init__()
         self.model, self.finetune = model, finetune
         self.tasks = nn.ModuleList(cast("Sequence[nn.Module]", tasks))
+        names = [task.name for task in tasks]
+        # In the log: a task that is there twice is told apart by its number.
+        self.labels = [name if names.count(name) == 1 else f"{name}{i}" for i, name in enumerate(names, 1)]
 
     def forward(
         self, latents: Tensor, tokens: Tensor, geometry: Geometry, samples: list[list[Sample]]
@@ -100,11 +103,11 @@ class _Trainee(nn.Module):
         features = self.model.fuse(latents, tokens, geometry)
         parts: dict[str, float] = {}
         total, start = torch.zeros((), device=latents.device), 0
-        for task, mine in zip(self.tasks, samples, strict=True):
+        for label, task, mine in zip(self.labels, self.tasks, samples, strict=True):
             cost, shown = cast("Task", task).loss(features[start : start + len(mine)], mine)
             start += len(mine)
             total = total + cost
-            parts |= {f"{cast('Task', task).name}.{name}": value for name, value in shown.items()}
+            parts |= {f"{label}.{name}": value for name, value in shown.items()}
         return total, parts
 
 
@@ -187,22 +190,25 @@ def train(
         [p for _, p in parameters], lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
     )
     records = tuple(dict.fromkeys(record for task in jobs for record in task.records))
-    run = fingerprint(model, jobs, settings, kept=cache is not None)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    run = fingerprint(model, jobs, settings, kept=cache is not None, processes=world)
     make_folder(out)
     state = checkpoints.State(out, run, trainee, optimizer)
     first = state.resume()
+    if first:
+        log.info("%s goes on behind step %d", out, first)
+    main = accelerator.is_main_process
+    # Before the cache, which can take hours: a folder that cannot be written to is better known at once.
+    journal = _Journal(out / "log.csv", first) if main else None
+    if main and validate is not None:
+        _Journal(out / "validation.csv", first)  # without the lines of a run that was here before
 
-    rank, world = accelerator.process_index, accelerator.num_processes
     kept = None
     if cache is not None:
         kept = FrozenCache(model, records, settings.views, Path(cache), seed=settings.seed, rank=rank, world=world)
         accelerator.wait_for_everyone()
 
     prepared, steps = accelerator.prepare(trainee, optimizer)
-    main = accelerator.is_main_process
-    journal = _Journal(out / "log.csv", first) if main else None
-    if main and validate is not None:
-        _Journal(out / "validation.csv", first)  # without the lines of a run that was here before
     seen = sum(len(task.batch(np.random.default_rng(0))) for task in jobs) * settings.accumulate
     images = seen * world
     log.info(
@@ -216,7 +222,7 @@ def train(
         tqdm(total=settings.steps, initial=first, desc="train", unit="step", disable=disable) as bar,
         _Batches(model, jobs, settings, kept, rank, first * settings.accumulate) as batches,
     ):
-        started = time.monotonic()
+        started = told = time.monotonic()
         for step in range(first, settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate(step)
@@ -241,6 +247,10 @@ def train(
             steps.zero_grad()
             bar.update()
             bar.set_postfix(loss=f"{means['loss']:.3f}")
+            if main and bar.disable and time.monotonic() - told > 60:  # a log file has no bar to look at
+                told = time.monotonic()
+                left = (told - started) / (step + 1 - first) * (settings.steps - step - 1)
+                log.info("step %d of %d, loss %.3f, %.0f s left", step + 1, settings.steps, means["loss"], left)
             if journal is not None:
                 rate = images * (step + 1 - first) / (time.monotonic() - started)
                 lr = settings.learning_rate(step)
@@ -271,7 +281,9 @@ def train(
     return figures
 
 
-def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, *, kept: bool) -> str:
+def fingerprint(
+    model: SketchFusion, tasks: Sequence[Task], settings: Settings, *, kept: bool, processes: int = 1
+) -> str:
     """What a run is: two with the same fingerprint go through the same losses."""
     config = dataclasses.replace(model.config, task=None, training_data=None, metrics={}, license=None).to_dict()
     plan = dataclasses.asdict(settings)
@@ -282,7 +294,7 @@ def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, 
     begun = hashlib.blake2b(digest_size=16)  # the weights that the run begins with
     for tensor in (*model.trainable_parameters(), *(p for t in tasks for p in t.parameters())):
         begun.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    parts = [config, plan, shown, kept, str(model.dtype), [_plain(t) for t in tasks], begun.hexdigest()]
+    parts = [config, plan, shown, kept, processes, str(model.dtype), [_plain(t) for t in tasks], begun.hexdigest()]
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
 
 
@@ -381,14 +393,21 @@ class _Journal:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        with self._explained():
+            lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, values: dict[str, float]) -> None:
-        fresh = self.path.stat().st_size == 0
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with self._explained(), self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            if fresh:
+            if file.tell() == 0:
                 writer.writerow(values)
             writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values.values())
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SketchFusionError(f"{self.path}: cannot be written to: {error.strerror or error}") from None

@@ -16,6 +16,7 @@ from ..images import open_image
 from ..strokes import Strokes
 
 Affine = tuple[float, float, float, float, float, float]
+STROKES = (".svg", ".ndjson")  # files of drawings in strokes: a view of one is not as large as the drawing itself
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,16 @@ class View:
         return seen
 
     def points(self, record: Record, width: int, height: int) -> dict[str, tuple[float, float]]:
-        """The record's key points in pixels of the view of an image of that size, those that it still shows."""
+        """The record's key points in pixels of the view, which has that size; those that it still shows."""
         if self.affine is None:
             return {name: (x, y) for name, x, y in record.points}
+        across, down = 1.0, 1.0
+        if record.points and record.path.lower().endswith(STROKES):
+            own = record.open().size
+            across, down = width / own[0], height / own[1]
         a, b, c, d, e, f = self._pixels(width, height)
         inverse = np.linalg.inv([[a, b], [d, e]])
-        moved = {name: inverse @ (x - c, y - f) for name, x, y in record.points}
+        moved = {name: inverse @ (across * x - c, down * y - f) for name, x, y in record.points}
         return {name: (float(x), float(y)) for name, (x, y) in moved.items() if 0 <= x <= width and 0 <= y <= height}
 
     def mask(self, record: Record) -> Tensor | None:
