@@ -175,6 +175,7 @@ LICENSE = (
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CHECKPOINT_EVERY, SEMANTIC_CHECKPOINT_EVERY, LOG_EVERY = 200, 600, 50  # steps
+BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # elsewhere it is slower than float32
 # --------------------------------------------------------------------------------------------------------------------
 
 # The same thing under two names, by the name kept; only after parentheses, case, "-" and "_" are gone.
@@ -329,7 +330,7 @@ def teacher_maps(teacher: nn.Module, images: np.ndarray, side: int) -> tuple[Ten
         ink = torch.from_numpy(batch)
         pixels = (ink[:, None].expand(-1, 3, -1, -1) if ink.ndim == 3 else ink.permute(0, 3, 1, 2)).float()
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             teacher.extract_features(((pixels - 127) / 128).contiguous(memory_format=torch.channels_last))
         for kept, name in zip(parts, TEACHER_DEPTHS, strict=True):
             out = F.relu6(taps[name].float()) if name == TEACHER_DEPTHS[-1] else taps[name].float()
@@ -574,6 +575,51 @@ def read_record(path: Path) -> dict:
     return {"machine": machine, "unseen": UNSEEN, "phases": {}}
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are orthogonalised (https://kellerjordan.github.io/posts/muon), scaled as AdamW's are.
+
+    torch's own does this in bfloat16, which on a CPU without it takes several times as long as the rest of a step.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], *, weight_decay: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, matrices in by_shape.items():
+            moments = []
+            for matrix in matrices:
+                moment = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                moment.lerp_(matrix.grad, 1 - group["momentum"])
+                moments.append(matrix.grad.lerp(moment, group["momentum"]))
+            updates = orthogonal(torch.stack(moments))
+            for matrix, update in zip(matrices, updates, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(update, alpha=0.2 * max(shape) ** 0.5 * group["lr"])
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(N, a, b) -> each with its singular values near 1, by five steps of a Newton-Schulz iteration.
+
+    What the steps multiply the matrix by depends on its small Gram matrix alone, so it is multiplied once, at the end.
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonal(matrices.mT).mT
+    matrices = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = matrices @ matrices.mT
+    eye = torch.eye(gram.shape[1])
+    whole = eye.expand_as(gram)
+    for _ in range(5):
+        factor = 3.4445 * eye - 4.7750 * gram + 2.0315 * gram @ gram
+        whole = factor @ whole
+        gram = factor @ gram @ factor
+    return whole @ matrices
+
+
 class Optimizers:
     """Muon for the matrices of transformer blocks, AdamW for the rest; one schedule: warm up, then down in a line."""
 
@@ -584,8 +630,7 @@ class Optimizers:
         rest = [p for _, p in named if id(p) not in chosen]
         self.all: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, weight_decay=decay, betas=(0.9, 0.98))]
         if matrices:
-            muon_optimizer = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-            self.all.append(muon_optimizer)
+            self.all.append(Muon(matrices, weight_decay=decay))
         self.lr, self.warmup, self.steps, self.parameters = lr, warmup, steps, [p for _, p in named]
 
     def step(self, loss: Tensor, step: int) -> None:
@@ -722,7 +767,7 @@ def clip_normalize(pixels: Tensor) -> Tensor:
 
 def patch_tokens(model: CLIPVisionModel, pixels: Tensor) -> list[Tensor]:
     """(N, h·w, width) at the depths that have targets; the last is before the post layer norm, as fusion reads it."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
         pixels = clip_normalize(pixels)
         hidden = model(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
     return [hidden[depth][:, 1:].float() for depth in SEMANTIC_DEPTHS]
@@ -885,7 +930,7 @@ def train_vae(out: Path, recorder: Recorder) -> dict[str, object]:
     for step in range(recorder.resume(**parts), VAE_STEPS):
         generator = torch.Generator().manual_seed(SEED + step)
         pixels = 2 * crops(arrays, VAE_BATCH, VAE_SIDE, generator) - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample(generator=generator)).sample
         error, spread = F.l1_loss(decoded.float(), pixels), posterior.kl().float().mean() / pixels[0].numel()
@@ -909,7 +954,7 @@ def encode_latents(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
     kept = []
     for batch in np.array_split(images, max(1, len(images) // 16)):
         pixels = look(batch, torch.eye(2, 3).expand(len(batch), -1, -1), CANVAS).expand(-1, 3, -1, -1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             kept.append(vae.encode(2 * pixels - 1).latent_dist.mode().float() * vae.config.scaling_factor)
     return torch.cat(kept)
 
@@ -954,7 +999,7 @@ def train_unet(out: Path, recorder: Recorder) -> None:
         timesteps = torch.randint(len(alphas), (len(clean),), generator=generator)
         keep = alphas[timesteps].view(-1, 1, 1, 1)
         noised = keep.sqrt() * clean + (1 - keep).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             predicted = unet(noised, timesteps, prompt.expand(len(clean), -1, -1)).sample
         error = F.mse_loss(predicted.float(), noise)
         optimizers.step(error, step)
@@ -989,7 +1034,7 @@ def build_fusion(backbones: Path) -> SketchFusion:
             aggregator_width=AGGREGATOR_WIDTH,
             aggregator_grid=AGGREGATOR_GRID,
             device="cpu",
-            dtype=torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32,
+            dtype=torch.bfloat16 if BFLOAT16 else torch.float32,
         )
 
 
