@@ -185,7 +185,10 @@ def _part(data: DataSet, classes: Sequence[str], words: str) -> DataSet:
 
 
 def _split_sketches(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
-    """Of each class, sketches that are evenly spaced, one at least: a class without queries could not be validated."""
+    """Of each class, sketches that are evenly spaced, one at least: without a query it could not be validated.
+
+    A class's only sketch is on both sides.
+    """
     groups = [[record for record in data.sketches if record.label == name] for name in data.classes]
     apart = {record for group in groups for record in spaced(group, max(1, round(share * len(group))))}
     kept = tuple(record for group in groups for record in group if record not in apart or len(group) == 1)

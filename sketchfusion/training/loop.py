@@ -281,9 +281,7 @@ def train(
     return figures
 
 
-def fingerprint(
-    model: SketchFusion, tasks: Sequence[Task], settings: Settings, *, kept: bool, processes: int = 1
-) -> str:
+def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, *, kept: bool, processes: int) -> str:
     """What a run is: two with the same fingerprint go through the same losses."""
     config = dataclasses.replace(model.config, task=None, training_data=None, metrics={}, license=None).to_dict()
     plan = dataclasses.asdict(settings)
