@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sketchfusion import Features, SketchFusion, __version__
+from sketchfusion import Features, SketchFusion, __version__, cli
 
 IMAGES = Path(__file__).parents[1] / "examples" / "images"
 
@@ -128,3 +128,7 @@ def test_importing_loads_no_heavy_library(code: str) -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'numpy', 'PIL'}"
     check = f"import sys; {code}; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_blanks_between_names_do_not_matter() -> None:
+    assert cli.listed("semantic, fused ,,x/y") == ["semantic", "fused", "x/y"]

@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from sketchfusion.tasks.correspondence import Correspondence
 from sketchfusion.tasks.recognition import Recognition
 from sketchfusion.tasks.retrieval import Retrieval
 from sketchfusion.tasks.segmentation import Segmentation
-from sketchfusion.training import Settings, train
+from sketchfusion.training import Settings, loop, train
 from sketchfusion.training.cache import SHARD, Entry, FrozenCache, backbones_key, pixels_of
 from sketchfusion.training.checkpoints import STATE, load_head
 from sketchfusion.training.jobs import make_job
@@ -514,6 +516,22 @@ def test_a_log_that_cannot_be_written_is_known_before_the_cache_is_filled(
     with pytest.raises(SketchFusionError, match=r"log\.csv: cannot be written to"):
         train(untrained, tasks_of("retrieval", shapes, 32), tmp_path / "out", FEW, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_without_a_terminal_lines_say_what_is_left(
+    untrained: SketchFusion,
+    shapes: DataSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    minutes = itertools.count(0, 100)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(minutes)))
+    with caplog.at_level("INFO"):
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW, progress=False)
+    lines = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
+    assert lines[0].startswith(f"step 1 of {FEW.steps}, loss ")
+    assert lines[-1].endswith(" 0 s left")
 
 
 def test_another_number_of_processes_is_another_run(untrained: SketchFusion, shapes: DataSet) -> None:
