@@ -580,6 +580,8 @@ class TestJobs:
         (queries,) = asked
         assert {record.label for record in queries.records} == set(shapes.classes)
         assert not set(queries.records) & set(job.task.records)
+        # In the set's order, whatever the process: it decides which sketch a photo is looked through for.
+        assert list(queries.records) == [record for record in shapes.sketches if record in queries.records]
         assert "80%" in job.shown
 
     def test_what_was_trained_on_is_said_in_words(self, model: SketchFusion, shapes: DataSet) -> None:

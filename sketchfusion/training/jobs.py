@@ -190,11 +190,12 @@ def _split_sketches(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
     A class's only sketch is on both sides.
     """
     groups = [[record for record in data.sketches if record.label == name] for name in data.classes]
-    apart = {record for group in groups for record in spaced(group, max(1, round(share * len(group))))}
-    kept = tuple(record for group in groups for record in group if record not in apart or len(group) == 1)
+    apart = tuple(record for group in groups for record in spaced(group, max(1, round(share * len(group)))))
+    gone = set(apart)
+    kept = tuple(record for group in groups for record in group if record not in gone or len(group) == 1)
     return (
         dataclasses.replace(data, records=kept, split=f"{data.split}, {1 - share:.0%}"),
-        dataclasses.replace(data, records=tuple(apart), split=f"{data.split}, {share:.0%} held out"),
+        dataclasses.replace(data, records=apart, split=f"{data.split}, {share:.0%} held out"),
     )
 
 
