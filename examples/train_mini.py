@@ -593,7 +593,10 @@ class Muon(torch.optim.Optimizer):
         for shape, matrices in by_shape.items():
             moments = []
             for matrix in matrices:
-                moment = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                state = self.state[matrix]
+                if not state:
+                    state["momentum"] = torch.zeros_like(matrix)
+                moment = state["momentum"]
                 moment.lerp_(matrix.grad, 1 - group["momentum"])
                 moments.append(matrix.grad.lerp(moment, group["momentum"]))
             updates = orthogonal(torch.stack(moments))

@@ -169,7 +169,7 @@ def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Re
 def _split_classes(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
     """Classes evenly spaced in the alphabet are held out, one at least."""
     count = max(1, round(share * len(data.classes))) if 0 < share < 1 else 0
-    apart = tuple(spaced(data.classes, count)) if count else ()
+    apart = tuple(spaced(data.classes, count))
     kept = tuple(name for name in data.classes if name not in apart)
     if not apart or len(kept) < 2:
         raise SketchFusionError(
