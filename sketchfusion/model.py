@@ -8,7 +8,8 @@ import numbers
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +30,7 @@ from .features import Features
 from .files import share
 from .fusion.aggregation import Aggregator, max_pool
 from .fusion.injection import Adapters
+from .graphs import Graphs
 from .hub import Location
 from .images import Geometry, ImageInput, Preprocess, as_stream, collate, read_ahead
 from .loading import (
@@ -68,6 +70,9 @@ class SketchFusion(nn.Module):
     Built by `from_pretrained` or `from_backbones`, and returned in eval mode. The backbones are frozen submodules
     in the compute dtype; the adapters and the aggregator are trainable and stay in float32.
 
+    On CUDA `encode` and `stream` replay a graph from the second batch of a shape on. It sees what training changes, and
+    calls no hooks in Python that you put on submodules; `forward` does.
+
     Attributes:
         diffusion: VAE encoder and UNet, frozen.
         semantic: vision transformer, frozen.
@@ -81,6 +86,7 @@ class SketchFusion(nn.Module):
         self.adapters, self.aggregator = self._untrained()
         self.preprocess = Preprocess(config.diffusion.image_size)
         self._null_prompt = diffusion.null_prompt  # what is saved; the backbone's is rounded to the compute dtype
+        self._graphs = Graphs()
         self._origins: dict[str, Origin] = {}
         self._variant: str | None = None
         self._warned_untrained = False
@@ -264,7 +270,12 @@ class SketchFusion(nn.Module):
     def _trained_state(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if k.startswith(("adapters.", "aggregator."))}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._graphs.clear()
+        return super()._apply(fn, recurse)
+
     def _compile(self) -> None:
+        self._graphs.clear()
         for part in (self.diffusion.vae.encoder, self.semantic.model, *self.diffusion.blocks()):
             part.compile()
 
@@ -383,24 +394,31 @@ class SketchFusion(nn.Module):
         """Features batch by batch: in host memory, or on the device for a single image."""
         limit = options.batch_size
         pending: list[tuple[Tensor, Geometry]] = []
+        running: deque[Callable[[], Features]] = deque()
 
-        def flush() -> Iterator[Features]:
+        def launch() -> None:
             nonlocal limit
             while pending:
+                finish: Callable[[], Features] | None = None
                 try:
-                    features: Features | None = self._extract(pending[:limit], options, limit, single)
+                    finish = self._launch(pending[:limit], options, limit, single)
                 except torch.OutOfMemoryError as error:
                     if limit == 1:
                         raise SketchFusionError(
                             f"out of memory on {self.device} for one image of {pending[0][0].shape[-1]} px: "
                             "use a smaller size=, another dtype, or device='cpu'"
                         ) from error
-                    features = None
-                if features is None:  # outside of the except block, whose traceback holds the failed batch
+                if finish is None:  # outside of the except block, whose traceback holds the failed batch
                     limit = (min(limit, len(pending) * options.ensemble) + 1) // 2
                     torch.cuda.empty_cache()
                     continue
                 del pending[:limit]
+                running.append(finish)
+
+        def collect(left: int) -> Iterator[Features]:
+            """What the batches give, but for the last `left`, which the device goes on with meanwhile."""
+            while len(running) > left:
+                features = running.popleft()()
                 bar.update(len(features))
                 yield features
 
@@ -411,30 +429,72 @@ class SketchFusion(nn.Module):
                 try:
                     pending.append(prepared.result())
                 except ImageError as error:
-                    yield from flush()
+                    launch()
+                    yield from collect(0)
                     position = None if single else index
                     raise ImageError(error.problem, source=error.source, index=position) from error
                 if len(pending) >= limit:
-                    yield from flush()
-            yield from flush()
+                    launch()
+                    # Where all images are there from the start, nobody waits for a batch before the next is drawn.
+                    yield from collect(self._batches_ahead if total is not None else 0)
+            launch()
+            yield from collect(0)
+
+    @property
+    def _batches_ahead(self) -> int:
+        """Batches that the device computes while the next is put together; a CPU would do both at once."""
+        return int(self.device.type == "cuda")
 
     @torch.inference_mode(False)  # a caller's inference mode would make tensors that nothing can be trained on
-    @torch.no_grad()
-    def _extract(self, items: list[tuple[Tensor, Geometry]], options: _Options, rows: int, single: bool) -> Features:
-        latents, tokens = self.embed(torch.stack([pixels for pixels, _ in items]))
-        maps = self.tap(latents, tokens, ensemble=options.ensemble, rows=rows)
-        features = self.aggregate(maps, collate([geometry for _, geometry in items]))
-        pooled = features.pooled if options.pooled else None
-        dense = features.dense if options.dense else None
-        if not all(part.isfinite().all() for part in (pooled, dense) if part is not None):
-            raise SketchFusionError(
-                f"the features are not finite: {self.dtype} overflowed; load with dtype='bfloat16' or 'float32'"
-            )
+    def _launch(
+        self, items: list[tuple[Tensor, Geometry]], options: _Options, rows: int, single: bool
+    ) -> Callable[[], Features]:
+        """Start computing the features of a batch; what is returned waits for them. A CPU has computed them by then."""
+        cuda = self.device.type == "cuda"
+        pixels = torch.empty(len(items), *items[0][0].shape, pin_memory=cuda)
+        torch.stack([image for image, _ in items], out=pixels)
+        geometry = collate([geometry for _, geometry in items])
+        *maps, finite = self._infer(pixels, geometry, ensemble=options.ensemble, rows=rows)
+        parts = [part if asked else None for part, asked in zip(maps, (options.pooled, options.dense), strict=True)]
         if options.normalize:
-            pooled = None if pooled is None else F.normalize(pooled, dim=1)
-            dense = None if dense is None else F.normalize(dense, dim=1)
-        extracted = Features(pooled=pooled, dense=dense, geometry=features.geometry)
-        return extracted if single else extracted.to("cpu")
+            parts = [None if part is None else F.normalize(part, dim=1) for part in parts]
+        if not single:
+            parts = [None if part is None else part.to("cpu", non_blocking=cuda) for part in parts]
+        finite = finite.to("cpu", non_blocking=cuda)
+        done = torch.cuda.current_stream(self.device).record_event() if cuda else None
+
+        @torch.inference_mode(False)
+        def finish() -> Features:
+            if done is not None:
+                done.synchronize()
+            if not finite:
+                raise SketchFusionError(
+                    f"the features are not finite: {self.dtype} overflowed; load with dtype='bfloat16' or 'float32'"
+                )
+            pooled, dense = parts
+            if cuda and not single:  # they lie in pinned memory, of which there is little
+                pooled, dense = (None if part is None else part.clone() for part in parts)
+            return Features(pooled=pooled, dense=dense, geometry=geometry)
+
+        return finish
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _infer(self, pixels: Tensor, geometry: Geometry, *, ensemble: int, rows: int) -> tuple[Tensor, ...]:
+        """`forward` without gradients, on CUDA as one graph: pooled, dense, and whether all is finite."""
+
+        def compute(pixels: Tensor, geometry: Tensor) -> tuple[Tensor, ...]:
+            latents, tokens = self.embed(pixels)
+            features = self.aggregate(self.tap(latents, tokens, ensemble=ensemble, rows=rows), Geometry(*geometry))
+            return features.pooled, features.dense, features.dense.isfinite().all()
+
+        inputs = (pixels, torch.stack([torch.as_tensor(field) for field in geometry]))
+        if self.device.type != "cuda":
+            return compute(*inputs)
+        # Training changes weights in place, or puts others there.
+        weights = tuple(parameter.data_ptr() for parameter in self.trainable_parameters())
+        key = (pixels.shape, ensemble, rows, torch.is_autocast_enabled("cuda"), weights)
+        return self._graphs.run(key, compute, inputs, self.device)
 
     @torch.inference_mode(False)
     def _gather(self, batches: Iterator[Features], options: _Options) -> Features:
@@ -586,6 +646,7 @@ class SketchFusion(nn.Module):
             return
         checkpointing = self.diffusion.unet.is_gradient_checkpointing
         networks = diffusion_backbone.load(self._origins["diffusion"], self.dtype, self._variant, taps=self.config.taps)
+        self._graphs.clear()
         self.diffusion = _diffusion(self.config, *networks, self._null_prompt, fold=False).to(self.device)
         if checkpointing:
             self.enable_gradient_checkpointing()

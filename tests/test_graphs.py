@@ -1,0 +1,263 @@
+"""The whole encode as one CUDA graph: what can be known of it without a GPU, and on one that it changes nothing."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sketchfusion import Features, SketchFusion, SketchFusionError
+from sketchfusion.graphs import LIMIT, Captured, Graphs
+from sketchfusion.images import Geometry
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: a graph is captured on a GPU")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """Six of different shapes."""
+    paths = []
+    for i in range(6):
+        noise = torch.randint(256, (20 + 8 * i, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(noise.numpy()).save(paths[-1])
+    return paths
+
+
+# ---- without a GPU
+
+
+class Replayed:
+    """Stands in for a graph: computes anew from the memory it was captured with, into the memory it wrote to."""
+
+    def __init__(self, function: Any, inputs: list[Tensor], outputs: tuple[Tensor, ...]):
+        self.function, self.inputs, self.outputs = function, inputs, outputs
+
+    def replay(self) -> None:
+        for kept, found in zip(self.outputs, self.function(*self.inputs), strict=True):
+            kept.copy_(found)
+
+
+class Stream:
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self) -> "Stream":
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """Graphs on the CPU, with a stand-in for what only CUDA does."""
+
+    def capture(self: Graphs, function: Any, inputs: Any, device: torch.device) -> Captured:
+        held = [torch.zeros_like(value) for value in inputs]
+        outputs = function(*held)
+        return Captured(Replayed(function, held, outputs), held, outputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    return Graphs()
+
+
+def captured(graphs: Graphs) -> list[Any]:
+    return [key for key, known in graphs._known.items() if known is not None]
+
+
+def test_the_second_call_is_captured_and_later_ones_replay_it(graphs: Graphs) -> None:
+    ran = []
+
+    def double(x: Tensor) -> tuple[Tensor, ...]:
+        ran.append(x)
+        return (2 * x,)
+
+    results = []
+    for i in range(4):
+        (found,) = graphs.run("key", double, [torch.tensor([float(i)])], CPU)
+        assert captured(graphs) == (["key"] if i else [])
+        results.append(found)
+    assert [r.item() for r in results] == [0, 2, 4, 6], "a result is a copy, which the next replay leaves alone"
+    assert ran[2] is ran[3], "what is replayed reads the memory that was captured"
+
+
+def test_the_key_used_longest_ago_makes_room(graphs: Graphs) -> None:
+    def same(x: Tensor) -> tuple[Tensor, ...]:
+        return (x.clone(),)
+
+    for key in range(LIMIT):
+        for _ in range(2):
+            graphs.run(key, same, [torch.ones(1)], CPU)
+    graphs.run(0, same, [torch.ones(1)], CPU)
+    graphs.run("new", same, [torch.ones(1)], CPU)
+    assert captured(graphs) == [*range(2, LIMIT), 0]
+    graphs.clear()
+    assert not graphs._known
+
+
+def test_what_cannot_be_captured_runs_as_it_is_written(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    def refuse(*_: Any) -> Captured:
+        attempts.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graphs, "_capture", refuse)
+    for i in range(4):
+        (found,) = graphs.run("key", lambda x: (x + 1,), [torch.tensor([float(i)])], CPU)
+        assert found.item() == i + 1
+    assert len(attempts) == 1
+
+
+def test_a_copy_captures_its_own(graphs: Graphs) -> None:
+    for _ in range(2):
+        graphs.run("key", lambda x: (x + 1,), [torch.ones(1)], CPU)
+    assert captured(graphs) == ["key"]
+    for copied in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
+        assert captured(copied) == []
+
+
+class Devices(TorchDispatchMode):
+    """Which devices every operator's tensors are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = {leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)}
+        self.seen.setdefault(str(func), set()).update(found)
+        return out
+
+
+@pytest.mark.parametrize("ensemble", [1, 4])
+def test_nothing_is_waited_for_from_the_cpu(model: SketchFusion, ensemble: int) -> None:
+    """A graph holds what was queued on the device: a value from the CPU, or one read back, cannot be in it.
+
+    On the meta device nothing is computed, and reading a value raises; so this is the real computation's course.
+    """
+    there = copy.deepcopy(model).to("meta")
+    size = model.config.diffusion.image_size
+    pixels = torch.empty(2, 3, size, size, device="meta")
+    geometry = Geometry(*torch.empty(len(Geometry._fields), 2, dtype=torch.int64, device="meta"))
+    there._infer(pixels, geometry, ensemble=ensemble, rows=8)  # draws the noise
+    with Devices() as devices:
+        pooled, dense, finite = there._infer(pixels, geometry, ensemble=ensemble, rows=8)
+    assert len(devices.seen) > 20
+    assert {name for name, found in devices.seen.items() if found != {"meta"}} == set()
+    assert pooled.device.type == dense.device.type == finite.device.type == "meta"
+
+
+def test_batches_that_run_ahead_come_in_order(
+    model: SketchFusion, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.encode(images, batch_size=2)
+    launched = []
+    launch = SketchFusion._launch
+
+    def counted(self: SketchFusion, items: list, *rest: Any) -> Any:
+        launched.append(len(items))
+        return launch(self, items, *rest)
+
+    monkeypatch.setattr(SketchFusion, "_launch", counted)
+    monkeypatch.setattr(SketchFusion, "_batches_ahead", 1)
+    first = next(stream := model.stream(images, batch_size=2))
+    assert launched == [2, 2], "the second batch runs while the first is handed out"
+    rest = list(stream)
+    assert launched == [2] * (len(images) // 2)
+    for found, wanted in zip([first, *rest], (expected[i : i + 2] for i in range(0, len(images), 2)), strict=True):
+        assert torch.equal(found.dense, wanted.dense)
+        assert torch.equal(found.pooled, wanted.pooled)
+
+    # Whoever makes the images one by one gets the features of a batch before the next is asked for.
+    launched.clear()
+    next(model.stream(iter(images), batch_size=2))
+    assert launched == [2]
+
+
+def test_an_image_that_is_refused_comes_after_the_batches_that_run(
+    model: SketchFusion, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SketchFusion, "_batches_ahead", 1)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    found = []
+    with pytest.raises(SketchFusionError, match="broken") as raised:
+        found.extend(model.stream([*images[:3], broken], batch_size=1))
+    assert len(found) == 3
+    assert raised.value.index == 3
+
+
+# ---- on a GPU
+
+
+@pytest.fixture
+def gpu_model(backbones: dict[str, Path]) -> SketchFusion:
+    torch.manual_seed(0)
+    model = SketchFusion.from_backbones(
+        **backbones, dtype="float16", device="cuda", aggregator_width=32, aggregator_grid=12
+    )
+    for parameter in model.adapters.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def written(model: SketchFusion, image: Path, **options: Any) -> Features:
+    """The features as they are computed without a graph."""
+    pixels, geometry = model.preprocess(image)
+    with torch.no_grad():
+        return model(pixels[None], Geometry(*(torch.tensor([field]) for field in geometry)), **options)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found.float() - expected.float()).norm() < 2e-3 * expected.float().norm())
+
+
+@needs_cuda
+def test_a_graph_gives_what_is_written(gpu_model: SketchFusion, images: list[Path]) -> None:
+    for ensemble in (1, 2):
+        kept = [gpu_model.encode(image, ensemble=ensemble) for image in images]
+        for features, image in zip(kept, images, strict=True):
+            expected = written(gpu_model, image, ensemble=ensemble)
+            assert close(features.dense, expected.dense[0])
+            assert close(features.pooled, expected.pooled[0])
+    assert len(captured(gpu_model._graphs)) == 2
+
+
+@needs_cuda
+def test_a_graph_sees_what_training_changes(gpu_model: SketchFusion, images: list[Path]) -> None:
+    for _ in range(3):
+        before = gpu_model.encode(images[0])
+    with torch.no_grad():
+        for parameter in gpu_model.trainable_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    after = gpu_model.encode(images[0])
+    assert not close(after.dense, before.dense)
+    assert close(after.dense, written(gpu_model, images[0]).dense[0])
+    gpu_model.to("cpu").to("cuda")
+    for _ in range(3):
+        assert close(gpu_model.encode(images[0]).dense, after.dense)
+
+
+@needs_cuda
+def test_batches_from_the_gpu_are_in_order_and_in_plain_memory(gpu_model: SketchFusion, images: list[Path]) -> None:
+    many = images * 6
+    features = gpu_model.encode(many, batch_size=4)
+    assert len(features) == len(many)
+    assert not features.dense.is_pinned()
+    for i, image in enumerate(many):
+        assert close(features.dense[i], written(gpu_model, image).dense[0].cpu())
+    assert not any(batch.dense.is_pinned() for batch in gpu_model.stream(images, batch_size=2))
