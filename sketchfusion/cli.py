@@ -446,6 +446,7 @@ def bench(
     runs: Annotated[int, typer.Option(help="Timed runs; the figures are their medians.")] = 5,
     plot: Annotated[Path | None, typer.Option(help="Draw images a second against batch size to this file.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the backbones with torch.compile.")] = False,
+    profile: Annotated[bool, typer.Option(help="Say which operators take the time.")] = False,
     as_json: Json = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -472,7 +473,7 @@ def bench(
     chosen = list(benchmark.PEERS) if peers is None else [] if peers == "none" else listed(peers)
     result = benchmark.bench(
         model, peers=chosen, sizes=counts[2] or None, batch_sizes=counts[0], ensembles=counts[1], runs=runs,
-        device=device, dtype=dtype, compile=compile,
+        device=device, dtype=dtype, compile=compile, profile=profile,
     )  # fmt: skip
     print(json.dumps(result, indent=2) if as_json else benchmark.table(result), flush=True)
     if plot is not None:

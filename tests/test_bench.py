@@ -99,6 +99,17 @@ def test_work_is_counted_where_it_is_done(model: SketchFusion) -> None:
     assert work[OURS, 2] < work["plain", 2] < work["released", 2]
 
 
+def test_a_profile_names_what_takes_the_time(model: SketchFusion) -> None:
+    result = bench(model, peers=(), runs=1, profile=True, progress=False)
+    operators = result["rows"][0]["operators"]
+    shares = [operator["share"] for operator in operators]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.5 < sum(shares) <= 1
+    convolution = next(operator for operator in operators if "conv" in operator["name"])
+    assert convolution["calls"] > 10
+    assert convolution["name"] in benchmark.table(result)
+
+
 def test_the_model_is_left_as_it_was(model: SketchFusion, batch: tuple[torch.Tensor, Geometry]) -> None:
     before = model(*batch).dense
     bench(model, runs=1, progress=False)

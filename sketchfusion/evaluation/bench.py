@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profile_run
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -36,6 +38,7 @@ PEERS = {  # in words
     "released": "the released script: float32, one image at a time, its copies all through the VAE",
     "dift": f"DIFT: Stable Diffusion alone, {DIFT_ENSEMBLE} noises, one image at a time, float16 (float32 on a CPU)",
 }
+OPERATORS = 12  # that a profile names
 FULL = "full"  # the model with random weights at the published shapes
 DEFINITION = 1  # of everything measured here; counted up whenever a figure changes its meaning
 
@@ -51,6 +54,7 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
+    profile: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Measure the extractor beside its peers: same weights, same pixels, same noises.
@@ -66,6 +70,7 @@ def bench(
         batch_sizes, ensembles: every combination is measured. DIFT's ensemble is its own.
         runs: timed runs of every way.
         device, dtype, compile: as for `SketchFusion.from_pretrained`.
+        profile: say which operators (on CUDA, kernels) take the time.
         progress: show a progress bar; by default on a terminal.
 
     Returns:
@@ -74,7 +79,8 @@ def bench(
         `seconds_per_image`, `images_per_second`, `tflop_per_image` (products and attention), `tflops` (reached),
         `of_peak` (None in another dtype), `peak_memory_gib` (weights and what a run adds; None where it is not known),
         `ratio` (its seconds over ours), and `cosine` with our dense cells (`mean`, `percentile_1`, `least`; None for
-        DIFT). Ours has `parts`, the seconds of each in one image.
+        DIFT). Ours has `parts`, the seconds of each in one image; and, asked for, `operators`: `name`, `calls` in one
+        batch and `share` of the time of all, the longest ones first.
 
     Raises:
         ConfigError: an argument is unknown or illegal.
@@ -106,7 +112,9 @@ def bench(
     with tqdm(total=total, desc="bench", unit="run", disable=None if progress is None else not progress) as bar:
         for view, count, ensemble in plans:
             try:
-                rows += _compare(model, loops, view, count, ensemble, runs, result["peak_tflops"], compile, bar)
+                rows += _compare(
+                    model, loops, view, count, ensemble, runs, result["peak_tflops"], compile, profile, bar
+                )
             except torch.OutOfMemoryError as error:
                 raise SketchFusionError(
                     f"out of memory on {model.device} at {count} images of {view.size} px, with the weights of all "
@@ -164,6 +172,7 @@ def _compare(
     runs: int,
     peak: float,
     compiled: bool,
+    profiled: bool,
     bar: Any,
 ) -> list[dict[str, Any]]:
     """The rows of one combination, ours first."""
@@ -204,6 +213,7 @@ def _compare(
                 memory.setdefault(name, []).extend(added)
                 bar.update()
         parts = [_seconds_by_part(model, pixels, geometry, ensemble) for _ in range(runs)]
+        operators = _operators(ways[OURS], model.device) if profiled else None
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     rows = []
     for name, median in medians.items():
@@ -229,6 +239,7 @@ def _compare(
         if loop is None:
             names = parts[0].keys()
             row["parts"] = {part: statistics.median(one[part] for one in parts) / count for part in names}
+            row |= {} if operators is None else {"operators": operators}
         rows.append(row)
     return rows
 
@@ -245,6 +256,20 @@ def _seconds_by_part(model: SketchFusion, pixels: Tensor, geometry: Geometry, en
     maps = timed("unet", lambda: model.tap(latents, tokens, ensemble=ensemble))
     timed("aggregator", lambda: model.aggregate(maps, geometry))
     return seconds
+
+
+def _operators(way: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]:
+    """What takes the time of one run: the device's kernels on CUDA, torch's operators elsewhere."""
+    cuda = device.type == "cuda"
+    with profile_run(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        _timed(way, device)
+    spent = [
+        (event.self_device_time_total if cuda else event.self_cpu_time_total, event.key, event.count)
+        for event in profiler.key_averages()
+    ]
+    total = sum(time for time, _, _ in spent)
+    longest = sorted(spent, reverse=True)[:OPERATORS]
+    return [{"name": name, "calls": count, "share": time / total} for time, name, count in longest]
 
 
 def _timed(way: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -367,4 +392,6 @@ def table(result: dict[str, Any]) -> str:
             whole = sum(row["parts"].values())
             shares = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in row["parts"].items())
             lines.append(f"{'':>20}of which {shares}")
+        for operator in row.get("operators", ()):
+            lines.append(f"{'':>20}{operator['share']:>4.0%}{operator['calls']:>6} × {operator['name'][:90]}")
     return "\n".join(lines)
