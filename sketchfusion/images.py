@@ -42,6 +42,7 @@ ACCEPTED = (
 )
 URL_SECONDS = 20.0  # in all, from looking up the name to the last byte
 URL_BYTES = 64 * 2**20
+_LOADING = threading.Lock()  # Pillow reads a file when its pixels are asked for: not twice, where a list has it twice
 READERS = min(8, os.cpu_count() or 1)  # threads
 
 
@@ -191,18 +192,18 @@ def as_stream(images: object) -> tuple[Iterator[ImageInput], bool]:
 
 
 def read_ahead(
-    images: Iterator[ImageInput], preprocess: Preprocess, count: int
+    images: Iterator[ImageInput], preprocess: Preprocess, count: int, *, listed: bool = False
 ) -> Iterator[Future[tuple[Tensor, Geometry]]]:
     """Every image preprocessed, in order; threads read and decode up to `count` files and URLs ahead.
 
     What is in memory already is preprocessed as it is drawn, and nothing is drawn before its turn: who made it may
-    write the next one into it, or may be a camera.
+    write the next one into it, or may be a camera. Not so if they are `listed`, all there from the start.
     """
     waiting: deque[Future[tuple[Tensor, Geometry]]] = deque()
     readers = ThreadPoolExecutor(READERS, thread_name_prefix="sketchfusion-reader")
     try:
         for image in images:
-            if isinstance(image, str | os.PathLike):
+            if listed or isinstance(image, str | os.PathLike):
                 waiting.append(readers.submit(preprocess, image))
                 if len(waiting) > count:
                     yield waiting.popleft()
@@ -243,6 +244,8 @@ def open_image(image: ImageInput) -> Image.Image | Strokes:
             return image
         case Image.Image():
             with _decoding(type(image).__name__):
+                with _LOADING:
+                    image.load()
                 return _on_white(image)
         case np.ndarray():
             return _from_array(image)

@@ -324,7 +324,8 @@ class SketchFusion(nn.Module):
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
         self._warn_if_untrained()
-        batches = self._stream(stream, options, 1 if single else _length(images), progress, single)
+        total, listed = 1 if single else _length(images), not single and isinstance(images, list | tuple | Tensor)
+        batches = self._stream(stream, options, total, listed, progress, single)
         if single:
             (batch,) = batches
             features = batch[0]
@@ -348,13 +349,14 @@ class SketchFusion(nn.Module):
     ) -> Iterator[Features]:
         """`encode`, yielding Features batch by batch in host memory: memory does not grow with the images.
 
-        While a batch is computed, threads read and decode the files and URLs of the next. Where an image is refused,
-        the good ones before it are yielded first. Arguments and errors as for `encode`.
+        While a batch is computed, threads read and decode the next: files and URLs, of a list all kinds. Where an image
+        is refused, the good ones before it are yielded first. Arguments and errors as for `encode`.
         """
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
         self._warn_if_untrained()
-        batches = self._stream(stream, options, 1 if single else _length(images), progress, single=False)
+        total, listed = 1 if single else _length(images), not single and isinstance(images, list | tuple | Tensor)
+        batches = self._stream(stream, options, total, listed, progress, single=False)
         return (features.numpy() for features in batches) if to == "numpy" else batches
 
     def _options(
@@ -388,6 +390,7 @@ class SketchFusion(nn.Module):
         images: Iterator[ImageInput],
         options: _Options,
         total: int | None,
+        listed: bool,
         progress: bool | None,
         single: bool,
     ) -> Iterator[Features]:
@@ -425,7 +428,7 @@ class SketchFusion(nn.Module):
         # By default only where somebody looks (tqdm's None), and only if it takes a while.
         disable, delay = (None, 2) if progress is None else (not progress, 0)
         with tqdm(total=total, desc="encode", unit="image", disable=disable, delay=delay) as bar:
-            for index, prepared in enumerate(read_ahead(images, options.preprocess, limit)):
+            for index, prepared in enumerate(read_ahead(images, options.preprocess, limit, listed=listed)):
                 try:
                     pending.append(prepared.result())
                 except ImageError as error:
@@ -435,8 +438,8 @@ class SketchFusion(nn.Module):
                     raise ImageError(error.problem, source=error.source, index=position) from error
                 if len(pending) >= limit:
                     launch()
-                    # Where all images are there from the start, nobody waits for a batch before the next is drawn.
-                    yield from collect(self._batches_ahead if total is not None else 0)
+                    # Who makes the images one by one may wait for a batch before the next.
+                    yield from collect(self._batches_ahead if listed else 0)
             launch()
             yield from collect(0)
 

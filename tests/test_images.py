@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,25 @@ def test_reading_in_threads_leaves_other_warnings_alone(tmp_path: Path) -> None:
             future.result()
     with pytest.raises(UserWarning, match="mine"):  # they are errors in this file
         warnings.warn("mine", UserWarning, stacklevel=1)
+
+
+def test_a_list_is_prepared_ahead_whatever_it_holds(tmp_path: Path) -> None:
+    Image.effect_noise((300, 200), 80).save(tmp_path / "0.jpg")
+    lazy = Image.open(tmp_path / "0.jpg")  # reads its pixels when they are asked for
+    listed = [lazy, np.zeros((9, 7), np.uint8), lazy, lazy, torch.ones(3, 5, 5), lazy]
+    drawn: list[int] = []
+
+    def drawing() -> Iterator[Any]:
+        for i, image in enumerate(listed):
+            drawn.append(i)
+            yield image
+
+    preprocess = Preprocess(64)
+    prepared = read_ahead(drawing(), preprocess, 4, listed=True)
+    first = next(prepared)
+    assert drawn == [0, 1, 2, 3, 4]
+    for future, image in zip(chain([first], prepared), listed, strict=True):
+        assert torch.equal(future.result()[0], preprocess(image)[0])
 
 
 @pytest.mark.filterwarnings("default")  # torch's workers warn of their own accord
