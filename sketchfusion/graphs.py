@@ -95,8 +95,12 @@ class Graphs:
         held = [torch.empty_like(value, device=device) for value in inputs]
         graph = torch.cuda.CUDAGraph()
         pool = next((known.graph.pool() for known in self._known.values() if known is not None), None)
-        # Other threads may allocate, pinned memory for example, while this one captures.
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+        # Other threads may allocate, pinned memory for example, while this one captures. A capture that fails leaves
+        # its stream current, which the outer context mends.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+        ):
             outputs = function(*held)
         return Captured(graph, held, outputs)
 

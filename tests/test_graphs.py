@@ -210,8 +210,9 @@ def gpu_model(backbones: dict[str, Path]) -> SketchFusion:
     model = SketchFusion.from_backbones(
         **backbones, dtype="float16", device="cuda", aggregator_width=32, aggregator_grid=12
     )
-    for parameter in model.adapters.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -223,7 +224,7 @@ def written(model: SketchFusion, image: Path, **options: Any) -> Features:
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found.float() - expected.float()).norm() < 2e-3 * expected.float().norm())
+    return bool((found.float() - expected.float()).norm() < 1e-2 * expected.float().norm())
 
 
 @needs_cuda
