@@ -11,10 +11,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 LIMIT = 4  # keys that are remembered: a graph keeps memory for its inputs and outputs, and what it computes in
 
+Function = Callable[..., tuple[Tensor, ...]]
+
 log = logging.getLogger(__name__)
+_lock = threading.Lock()  # of all: beginning a capture synchronises the device, which another capture does not survive
+
+
+class NotCapturable(RuntimeError):
+    """A computation waits for the CPU, or the CPU for it."""
+
+
+class OnDevice(TorchDispatchMode):
+    """Raises NotCapturable where an operator reads a value back, or takes a tensor that lies elsewhere.
+
+    Asked before a capture, since torch does not recover from one that such an operator breaks.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            raise NotCapturable(f"{func} reads values back")
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, out)):
+            if isinstance(leaf, Tensor) and leaf.device != self.device:
+                raise NotCapturable(f"{func} has a tensor on {leaf.device}")
+        return out
 
 
 @dataclass(frozen=True)
@@ -29,9 +58,9 @@ class Captured:
 class Graphs:
     """Runs functions of tensors on a CUDA device, from the second call with the same key on as a graph.
 
-    The first call with a key runs as it is written: kernels are compiled, algorithms chosen, and what comes once only
-    costs no capture. The second is captured, and later ones are replayed. Where a function cannot be captured, it goes
-    on running as it is written. Of `LIMIT` keys the least recently used makes room for another.
+    The first call with a key runs as it is written: what comes once only costs no capture. The second is captured, and
+    later ones are replayed. Where a function cannot be captured, it goes on running as it is written. Of `LIMIT` keys
+    the least recently used makes room for another.
 
     All graphs compute in one pool of memory, so they run one after the other, whatever the threads and streams of
     their callers, and what is returned is a copy.
@@ -40,39 +69,47 @@ class Graphs:
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, Captured | None] = OrderedDict()  # None: seen once
         self._refused: set[Hashable] = set()
+        self._place: Any = None  # the stream that is captured, and the pool: free memory belongs to its stream
         self._last: Any = None  # the event behind the last use of the pool
-        self._lock = threading.Lock()
+        self._broken: Any = None  # a capture that torch does not recover from: the last one
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Graphs, ()  # a copy, here or in another process, captures its own
 
-    def clear(self) -> None:
-        """Forget all: the addresses of what they read have changed."""
-        with self._lock:
+    def clear(self) -> bool:
+        """Forget all, since the addresses of what they read have changed, or their memory is needed.
+
+        Returns:
+            Whether there was a graph.
+        """
+        with _lock:
+            found = any(self._known.values())
             self._drop(len(self._known))
             self._refused.clear()
+            self._place = None
+            return found
 
     def run(
-        self, key: Hashable, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], device: torch.device
+        self, key: Hashable, function: Function, inputs: Sequence[Tensor], device: torch.device
     ) -> tuple[Tensor, ...]:
         """What `function` returns for the inputs on `device`, all of it queued on the current stream.
 
         Args:
             key: says all that `function` does, and the inputs' shapes and dtypes.
             function: tensors on the device -> tensors on the device. Whatever else it reads stays where it is.
-            inputs: on the device or in pinned memory, and not written to before the stream has read them.
+            inputs: on the device or in host memory, and not written to before the stream has read them.
         """
-        with self._lock, torch.cuda.device(device):
+        with _lock, torch.cuda.device(device):
             captured = self._find(key, function, inputs, device)
             if captured is not None:
                 return self._replay(captured, inputs, device)
         return function(*(value.to(device, non_blocking=True) for value in inputs))
 
     def _find(
-        self, key: Hashable, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], device: torch.device
+        self, key: Hashable, function: Function, inputs: Sequence[Tensor], device: torch.device
     ) -> Captured | None:
         """The graph of a key, captured if it is time to; None where the function has to run as it is written."""
-        if key in self._refused:
+        if key in self._refused or self._broken is not None:
             return None
         if key not in self._known:
             self._known[key] = None
@@ -82,26 +119,37 @@ class Graphs:
         if self._known[key] is None:
             try:
                 self._known[key] = self._capture(function, inputs, device)
-            except RuntimeError as error:  # out of memory is one
-                log.info("no CUDA graph: %s", error)
+            except RuntimeError as error:
+                log.warning("runs without a CUDA graph: %s", error)
                 self._refused.add(key)
                 del self._known[key]
+                if not isinstance(error, NotCapturable):
+                    self._drop(len(self._known))  # their memory may be what was missing
                 return None
         return self._known[key]
 
-    def _capture(
-        self, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], device: torch.device
-    ) -> Captured:
-        held = [torch.empty_like(value, device=device) for value in inputs]
+    def _capture(self, function: Function, inputs: Sequence[Tensor], device: torch.device) -> Captured:
+        held = [value.to(device, copy=True) for value in inputs]
+        # In this thread: its libraries' handles are not made inside of the capture.
+        with torch.compiler.set_stance("force_eager"), OnDevice(device):
+            function(*held)
+        if self._place is None:
+            self._place = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        stream, pool = self._place
         graph = torch.cuda.CUDAGraph()
-        pool = next((known.graph.pool() for known in self._known.values() if known is not None), None)
-        # Other threads may allocate, pinned memory for example, while this one captures. A capture that fails leaves
-        # its stream current, which the outer context mends.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream(device)),
-            torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
-        ):
-            outputs = function(*held)
+        try:
+            # Other threads may allocate, pinned memory for example, while this one captures. A capture that fails
+            # leaves its stream current, which the outer context mends.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                outputs = function(*held)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            self._broken = graph  # which torch's allocator still knows
+            raise
         return Captured(graph, held, outputs)
 
     def _replay(self, captured: Captured, inputs: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
@@ -121,3 +169,5 @@ class Graphs:
             self._last.synchronize()
         for _ in range(count):
             self._known.popitem(last=False)
+        if not any(self._known.values()):
+            self._place = None  # a pool without a graph is gone

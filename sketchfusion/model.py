@@ -406,13 +406,15 @@ class SketchFusion(nn.Module):
                 try:
                     finish = self._launch(pending[:limit], options, limit, single)
                 except torch.OutOfMemoryError as error:
-                    if limit == 1:
+                    graphs = self._graphs.clear()
+                    if limit == 1 and not graphs:
                         raise SketchFusionError(
                             f"out of memory on {self.device} for one image of {pending[0][0].shape[-1]} px: "
                             "use a smaller size=, another dtype, or device='cpu'"
                         ) from error
                 if finish is None:  # outside of the except block, whose traceback holds the failed batch
-                    limit = (min(limit, len(pending) * options.ensemble) + 1) // 2
+                    if not graphs:
+                        limit = (min(limit, len(pending) * options.ensemble) + 1) // 2
                     torch.cuda.empty_cache()
                     continue
                 del pending[:limit]
@@ -454,7 +456,7 @@ class SketchFusion(nn.Module):
     ) -> Callable[[], Features]:
         """Start computing the features of a batch; what is returned waits for them. A CPU has computed them by then."""
         cuda = self.device.type == "cuda"
-        pixels = torch.empty(len(items), *items[0][0].shape, pin_memory=cuda)
+        pixels = torch.empty(len(items), *items[0][0].shape, pin_memory=cuda, device="cpu")
         torch.stack([image for image, _ in items], out=pixels)
         geometry = collate([geometry for _, geometry in items])
         *maps, finite = self._infer(pixels, geometry, ensemble=options.ensemble, rows=rows)
@@ -492,11 +494,12 @@ class SketchFusion(nn.Module):
             return features.pooled, features.dense, features.dense.isfinite().all()
 
         inputs = (pixels, torch.stack([torch.as_tensor(field) for field in geometry]))
-        if self.device.type != "cuda":
-            return compute(*inputs)
+        # Autocast keeps copies of weights, and gives them up at its end.
+        if self.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+            return compute(*(value.to(self.device, non_blocking=True) for value in inputs))
         # Training changes weights in place, or puts others there.
         weights = tuple(parameter.data_ptr() for parameter in self.trainable_parameters())
-        key = (pixels.shape, ensemble, rows, torch.is_autocast_enabled("cuda"), weights)
+        key = (pixels.shape, ensemble, rows, weights, self.diffusion.moves, self.semantic.moves)
         return self._graphs.run(key, compute, inputs, self.device)
 
     @torch.inference_mode(False)

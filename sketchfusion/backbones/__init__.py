@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Self, TypeVar
 
 import torch
@@ -24,12 +25,17 @@ class Frozen(nn.Module):
 
     def __init__(self, mean: Triple, std: Triple):
         super().__init__()
+        self.moves = 0  # times that the weights were put elsewhere
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def freeze(self) -> None:
         self.requires_grad_(False)
         self.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.moves += 1
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)

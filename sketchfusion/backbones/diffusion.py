@@ -117,8 +117,8 @@ class DiffusionBackbone(Frozen):
     def _noise(self, seed: int, shape: torch.Size, device: torch.device) -> Tensor:
         """Drawn once, and kept (64 KB for 512 px): a CUDA graph can wait for nothing from the CPU."""
         if (seed, shape, device) not in self._noises:
-            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            self._noises[seed, shape, device] = drawn.to(device)
+            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+            self._noises.setdefault((seed, shape, device), drawn.to(device))  # another thread may read the first
         return self._noises[seed, shape, device]
 
     def mix(self, latents: Tensor, noise: Tensor) -> Tensor:

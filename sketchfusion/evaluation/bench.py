@@ -212,8 +212,9 @@ def _compare(
                 seconds[name].append(taken)
                 memory.setdefault(name, []).extend(added)
                 bar.update()
-        parts = [_seconds_by_part(model, pixels, geometry, ensemble) for _ in range(runs)]
         operators = _operators(ways[OURS], model.device) if profiled else None
+        model._graphs.clear()  # whose memory the next ones may need
+        parts = [_seconds_by_part(model, pixels, geometry, ensemble) for _ in range(runs)]
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     rows = []
     for name, median in medians.items():
