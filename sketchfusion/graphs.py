@@ -86,7 +86,6 @@ class Graphs:
             found = any(self._known.values())
             self._drop(len(self._known))
             self._refused.clear()
-            self._place = None
             return found
 
     def run(

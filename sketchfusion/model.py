@@ -324,8 +324,7 @@ class SketchFusion(nn.Module):
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
         self._warn_if_untrained()
-        total, listed = 1 if single else _length(images), not single and isinstance(images, list | tuple | Tensor)
-        batches = self._stream(stream, options, total, listed, progress, single)
+        batches = self._stream(stream, options, *_extent(images, single), progress, single)
         if single:
             (batch,) = batches
             features = batch[0]
@@ -355,8 +354,7 @@ class SketchFusion(nn.Module):
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
         self._warn_if_untrained()
-        total, listed = 1 if single else _length(images), not single and isinstance(images, list | tuple | Tensor)
-        batches = self._stream(stream, options, total, listed, progress, single=False)
+        batches = self._stream(stream, options, *_extent(images, single), progress, single=False)
         return (features.numpy() for features in batches) if to == "numpy" else batches
 
     def _options(
@@ -808,8 +806,11 @@ def _diffusion(
     )
 
 
-def _length(images: Any) -> int | None:
+def _extent(images: Any, single: bool) -> tuple[int | None, bool]:
+    """How many images, where that is known, and whether they are a list: all there from the start."""
+    if single:
+        return 1, False
     try:
-        return len(images)
+        return len(images), isinstance(images, list | tuple | Tensor)
     except TypeError:
-        return None
+        return None, False

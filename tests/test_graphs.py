@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from sketchfusion import Features, SketchFusion, SketchFusionError
 from sketchfusion.graphs import LIMIT, Captured, Graphs, NotCapturable, OnDevice
-from sketchfusion.images import Geometry
+from sketchfusion.images import Geometry, collate
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: a graph is captured on a GPU")
 CPU = torch.device("cpu")
@@ -57,7 +56,7 @@ class Stream:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """Graphs on the CPU, with a stand-in for what only CUDA does."""
 
     def capture(self: Graphs, function: Any, inputs: Any, device: torch.device) -> Captured:
@@ -203,22 +202,15 @@ def test_an_image_that_is_refused_comes_after_the_batches_that_run(
 
 
 @pytest.fixture
-def gpu_model(backbones: dict[str, Path]) -> SketchFusion:
-    torch.manual_seed(0)
-    model = SketchFusion.from_backbones(
-        **backbones, dtype="float16", device="cuda", aggregator_width=32, aggregator_grid=12
-    )
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+def gpu_model(model: SketchFusion) -> SketchFusion:
+    return model.half().to("cuda")
 
 
 def written(model: SketchFusion, image: Path, **options: Any) -> Features:
     """The features as they are computed without a graph."""
     pixels, geometry = model.preprocess(image)
     with torch.no_grad():
-        return model(pixels[None], Geometry(*(torch.tensor([field]) for field in geometry)), **options)
+        return model(pixels[None], collate([geometry]), **options)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

@@ -116,10 +116,11 @@ class DiffusionBackbone(Frozen):
     @torch.inference_mode(False)  # a caller's inference mode would make a tensor that nothing can be trained on
     def _noise(self, seed: int, shape: torch.Size, device: torch.device) -> Tensor:
         """Drawn once, and kept (64 KB for 512 px): a CUDA graph can wait for nothing from the CPU."""
-        if (seed, shape, device) not in self._noises:
+        key = (seed, shape, device)
+        if key not in self._noises:
             drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
-            self._noises.setdefault((seed, shape, device), drawn.to(device))  # another thread may read the first
-        return self._noises[seed, shape, device]
+            self._noises.setdefault(key, drawn.to(device))  # another thread may read the first
+        return self._noises[key]
 
     def mix(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Noise clean latents (N, 4, h, w) to the timestep with `noise` (4, h, w), float32."""
