@@ -14,7 +14,7 @@ Phases run in order, and can be named one by one: `python examples/train_mini.py
     vae        an AutoencoderKL learns to reconstruct photos and sketches
     unet       a UNet2DConditionModel learns to predict the noise in that autoencoder's latents: DIR/samples.png
     fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones: DIR/retrieval
-    tasks      they go on with retrieval, correspondence and segmentation at once: DIR/mini
+    tasks      they go on with retrieval, correspondence, segmentation and recognition at once: DIR/mini
     evaluate   every row of the protocols on what no phase has been trained on, beside what `fusion` alone reaches
                and the same architecture with random weights
 
@@ -60,6 +60,7 @@ from sketchfusion.evaluation.rows import ROWS, Extractor
 from sketchfusion.images import collate, open_image
 from sketchfusion.tasks import Sample, Task
 from sketchfusion.tasks.correspondence import Correspondence
+from sketchfusion.tasks.recognition import Recognition
 from sketchfusion.tasks.retrieval import Retrieval, rank_metrics
 from sketchfusion.tasks.segmentation import Segmentation
 from sketchfusion.training import Settings, train
@@ -139,10 +140,25 @@ FUSION_TEMPERATURE, TARGET_GRID = 0.05, 7
 # The phase `tasks`, and what is held out from it: shares of the shoes and of three animals, and the fourth entirely.
 SHOES_APART, ANIMALS_APART, ANIMALS, ANIMAL_APART = 0.33, 0.2, ("cat", "dog", "horse"), "sheep"
 QUERIES_TRAINED = 12  # sketches of each animal; the others are what its photos are segmented with in the evaluation
-TASKS_DRAWN, TASKS_TUBERLIN, TASKS_LOOSE = 8, 6, 300  # photos a class to make drawings of; sketches; other photos
-TASKS_SETTINGS = Settings(steps=240, lr=3e-3, views=2, checkpoint_every=20)
+TASKS_DRAWN = 8  # photos a class to make drawings of
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A stretch of the phase `tasks`, in which the learning rate rises to its value and falls to nothing."""
+
+    settings: Settings
+    tuberlin: int  # sketches a class
+    loose: int  # photos without a class
+    recognition: int  # sketches of TU-Berlin a step; 0: recognition is not among the tasks
+
+
+TASKS_CYCLES = (
+    Cycle(Settings(steps=240, lr=3e-3, views=2, checkpoint_every=20), 6, 300, 0),
+    Cycle(Settings(steps=180, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
+)
 RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
-TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0}
+TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0, "recognition": 0.5}
 
 BACKBONES_DATA = (
     "Sketchy (83 of its 104 seen classes, 25 photos and 25 sketches each), TU-Berlin (up to 64 sketches a class) and "
@@ -154,10 +170,11 @@ BACKBONES_DATA = (
 CARDS = {  # what the checkpoints' cards say: task and data
     "retrieval": ("category-level zero-shot sketch-based image retrieval, on backbones made for it", BACKBONES_DATA),
     "mini": (
-        "zero-shot sketch-based image retrieval by class and by photo, correspondence and segmentation at once",
+        "zero-shot sketch-based image retrieval by class and by photo, correspondence, segmentation and recognition",
         f"{BACKBONES_DATA}. Then, with annotations: all of these photos and sketches of Sketchy, and drawings made of "
-        "8 more photos of each class; two thirds of 203 shoes (a photo and three sketches each, four "
-        "key points), and four fifths of 540 photos of cats, dogs and horses from PASCAL VOC with masks",
+        "8 more photos of each class; 20 sketches of each class of TU-Berlin; two thirds of 203 shoes (a photo and "
+        "three sketches each, four key points), and four fifths of 540 photos of cats, dogs and horses from PASCAL "
+        "VOC with masks",
     ),
 }
 METRICS = {  # of the card of `mini`, of the row `fused`
@@ -1267,7 +1284,7 @@ class Sets:
     loose: tuple[Record, ...]  # photos without a class
 
 
-def read_sets(data: Path, work: Path) -> Sets:
+def read_sets(data: Path, work: Path, cycle: Cycle = TASKS_CYCLES[-1]) -> Sets:
     sets = work / "sets"
     unpack(data, sets)
 
@@ -1291,9 +1308,9 @@ def read_sets(data: Path, work: Path) -> Sets:
         replace(sketchy, records=tuple(record for record in sketchy.records if record not in apart)),
         load("sketchy", sets / "sketchy", classes=classes(photos, True)),
         replace(queries, records=tuple(record for record in queries.records if record in apart)),
-        limited(load("tuberlin", sets / "tuberlin", classes=classes(png, False)), TASKS_TUBERLIN),
+        limited(load("tuberlin", sets / "tuberlin", classes=classes(png, False)), cycle.tuberlin),
         limited(load("tuberlin", sets / "tuberlin", classes=classes(png, True)), RECOGNITION_SKETCHES),
-        tuple(Record(str(file), "photo", None) for file in spaced(files, TASKS_LOOSE)),
+        tuple(Record(str(file), "photo", None) for file in spaced(files, cycle.loose)),
     )  # fmt: skip
 
 
@@ -1312,8 +1329,9 @@ def with_drawings(data: DataSet, folder: Path) -> DataSet:
     return replace(data, records=tuple(records))
 
 
-def build_tasks(data: Path, work: Path) -> list[Task]:
-    sets, arrays, rows_of = read_sets(data, work), Arrays(work), target_rows(data)
+def build_tasks(data: Path, work: Path, cycle: Cycle) -> list[Task]:
+    torch.manual_seed(SEED)
+    sets, arrays, rows_of = read_sets(data, work, cycle), Arrays(work), target_rows(data)
     records = (*sets.sketchy.records, *sets.tuberlin.records, *sets.animals.records, *sets.loose)
     labels = [arrays.classes.index(canonical(r.label)) if r.label and r.mask is None else -1 for r in records]
     rows = np.array([rows_of[Path(record.path).relative_to(work / "sets").as_posix()] for record in records])
@@ -1327,16 +1345,17 @@ def build_tasks(data: Path, work: Path) -> list[Task]:
         Retrieval(with_drawings(sets.sketchy, work / "drawn"), level="fine", classes=6, per_class=4),
         Transfer(records, torch.from_numpy(targets), torch.tensor(labels), torch.from_numpy(arrays.joint_classes), 48),
     ]
+    if cycle.recognition:
+        tasks.append(Recognition(sets.tuberlin, AGGREGATOR_WIDTH, batch_size=cycle.recognition))
     return [Weighted(task, TASKS_WEIGHTS[task.name]) for task in tasks]
 
 
 def train_tasks(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
-    torch.manual_seed(SEED)
     model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
-    tasks = build_tasks(data, out / "work")
-    recorder.note(images=len({record for task in tasks for record in task.records}))
-    run = out / "work" / "tasks"
-    train(model, tasks, run, TASKS_SETTINGS, cache=out / "work" / "cache")
+    for i, cycle in enumerate(TASKS_CYCLES, 1):
+        tasks, run = build_tasks(data, out / "work", cycle), out / "work" / f"tasks{i}"
+        recorder.note(cycle=i, images=len({record for task in tasks for record in task.records}))
+        train(model, tasks, run, cycle.settings, cache=out / "work" / "cache")  # one that is done does nothing
     save_checkpoint(model, out, "mini", {})
     lines = (run / "log.csv").read_text().splitlines()
     last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))

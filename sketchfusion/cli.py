@@ -261,6 +261,7 @@ def train(
     hidden: Annotated[int | None, typer.Option(help="Recognition: hidden width of an MLP head.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
     lr: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 1e-3,
+    mixing_lr_scale: Annotated[float, typer.Option(help="Mixing weights learn at so many times --lr.")] = 1.0,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
     warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.03,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
@@ -285,15 +286,17 @@ def train(
     For several GPUs: accelerate launch -m sketchfusion train …
     """
     import logging
+    from functools import partial
 
     import torch
+    from accelerate import PartialState
 
     from .data import load
     from .loading import resolve_device
     from .model import SketchFusion
     from .training import Settings
     from .training import train as run
-    from .training.jobs import make_job
+    from .training.jobs import make_job, make_jobs
 
     def of_each(name: str, given: list[Any]) -> list[Any]:
         if len(given) not in (1, len(task)):
@@ -311,9 +314,10 @@ def train(
     if (diffusion is None) != (semantic is None):
         raise ConfigError("--diffusion", "and --semantic go together", legal="both, or neither")
     settings = Settings(
-        steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, accumulate=accumulate, views=views,
-        seed=seed, checkpoint_every=checkpoint_every, validate_every=validate_every, without=tuple(without or ()),
-        gradient_checkpointing=gradient_checkpointing, finetune=finetune,
+        steps=steps, lr=lr, mixing_lr_scale=mixing_lr_scale, weight_decay=weight_decay, warmup=warmup, clip=clip,
+        accumulate=accumulate, views=views, seed=seed, checkpoint_every=checkpoint_every,
+        validate_every=validate_every, without=tuple(without or ()), gradient_checkpointing=gradient_checkpointing,
+        finetune=finetune,
     )  # fmt: skip
     loaded = [load(*where, classes=names, part=part) for where, names in zip(sets, chosen, strict=True)]
     apart: list[Any] = [
@@ -334,13 +338,13 @@ def train(
     )
     if fresh:
         extractor.reset()
-    jobs = [
-        make_job(
-            name, shown, extractor,
+    jobs = make_jobs([
+        partial(
+            make_job, name, shown, extractor,
             held_out=kept, sketches=drawn, images=images, level=kind_of, loss=loss, hidden=hidden,
         )
         for name, shown, kept, kind_of in zip(task, loaded, apart, levels, strict=True)
-    ]  # fmt: skip
+    ])  # fmt: skip
     before = extractor.config.training_data  # the backbones, at least, go on with what they were trained on
     seen = "; ".join(job.shown for job in jobs)
     figures = run(
@@ -353,6 +357,8 @@ def train(
         training_data=f"{before}. Then: {seen}" if before else seen,
         include_backbones=include_backbones,
     )
+    if not PartialState().is_main_process:
+        return
     if as_json:
         print(json.dumps({"checkpoint": str(out), "metrics": figures}, indent=2))
     else:

@@ -1,6 +1,7 @@
 """Data sets: every published layout, its errors, the class lists, and the split by hash."""
 
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -629,6 +630,24 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     message = refused("tuberlin", tmp_path)
     assert "cannot be read: [Errno 13] Permission denied" in message
     assert "obtained from" in message
+
+
+def test_a_folder_beside_it_that_may_not_be_read_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a root that is none: what was found is said, and the right folder is still named."""
+    (tmp_path / "another's").mkdir()
+    write_tuberlin(tmp_path / "mine")
+    real = os.scandir
+
+    def guarded(folder: Any) -> Any:
+        if Path(folder).name == "another's" or Path(folder).parent.name == "another's":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    monkeypatch.setattr("os.path.isdir", lambda folder, real=os.path.isdir: "another's" in str(folder) or real(folder))
+    message = refused("tuberlin", tmp_path)
+    assert "found another's, mine" in message
+    assert f"but {tmp_path / 'mine'} looks like it" in message
 
 
 # Images that cannot be read

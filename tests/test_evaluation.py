@@ -285,6 +285,9 @@ def test_fine_grained_retrieval_by_hand(gallery: str, hits: list[int], conventio
     assert result.figures["acc_5"] == 1
     assert (result.figures["queries"], result.figures["gallery"]) == (3, 4)
     assert result.figures["convention"] == convention
+    for example in result.examples:  # what is shown was looked for where the figures are from
+        assert len(example.found) == (4 if gallery == "all" else 2)
+        assert gallery == "all" or {photo.label for photo, _ in example.found} == {example.query.label}
 
 
 def test_within_classes_means_are_over_what_the_convention_says() -> None:
@@ -450,6 +453,7 @@ MADE: Any = Made(lambda r: angle(0))
         ),
         (lambda: zs_sbir(MADE, collection(record("p1", "a"), record("s1", "a"), record("s2", "b"))), "no photos of b"),
         (lambda: zs_sbir(MADE, collection(record("s1", "a"))), "no photos"),
+        (lambda: zs_sbir(MADE, collection(record("p1", "a"), record("s1", "a"))), "every photo is right"),
         (lambda: zs_sbir(MADE, DataSet("folder", (), (), "empty")), "no sketches"),
         (lambda: fg_sbir(MADE, collection(record("p1", "a", "a/1"), record("s1", "a"))), "s1"),
         (lambda: fg_sbir(MADE, collection(record("p1", "a", "a/1"), record("s1", "a", "a/2"))), "s1"),
@@ -527,7 +531,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = {name: boxes for i in range(3) for name in (f"{i:03}", f"{i:03}-1")}
     (root / "shoes/parts.json").write_text(json.dumps({"parts": parts}))
     items = []
-    for value, label in enumerate(("cat", "dog"), 1):
+    for value, label in enumerate(("cat", "dog", "bird"), 1):  # of which nobody has drawn the last
         draw(root / f"voc/images/{label}.jpg", seed := seed + 1)
         mask = np.zeros((32, 40), np.uint8)
         mask[8:20, 5:30] = value
@@ -650,6 +654,17 @@ def test_python_and_the_command_agree(run: Callable[..., Any], trees: Path, chec
     (row,) = json.loads(done.stdout)
     assert row == result.to_dict() | {"model": checkpoint}
     assert (result.model, row["train"] + row["test"]) == ("in memory", 36)
+
+
+def test_of_two_sets_the_classes_that_both_have_are_taken(trees: Path, checkpoint: str) -> None:
+    model = SketchFusion.from_pretrained(checkpoint, device="cpu", dtype="float32")
+    here = {"model": model, "rows": ["fused"], "sketches": ("sketchy", trees / "sketchy")}
+    result = evaluate("segmentation", "voc", trees / "voc", **here)[0]
+    assert result.figures["miou_by_class"].keys() == {"cat", "dog"}
+    assert "2 of its 3 classes, sketches from" in result.split
+    assert result.split.endswith("2 of its 3 classes")  # of the sketches too
+    with pytest.raises(DataError, match="no class of the same name"):
+        evaluate("segmentation", "voc", trees / "voc", classes=["bird"], **here)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ import copy
 import csv
 import dataclasses
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,12 +34,12 @@ from sketchfusion.tasks.segmentation import Segmentation
 from sketchfusion.training import Settings, loop, train
 from sketchfusion.training.cache import SHARD, Entry, FrozenCache, backbones_key, pixels_of
 from sketchfusion.training.checkpoints import STATE, load_head
-from sketchfusion.training.jobs import make_job
+from sketchfusion.training.jobs import make_job, make_jobs
 from sketchfusion.training.loop import _look_at, fingerprint
 from sketchfusion.training.views import View, draw_view, look
 
 DOT = '<path d="M50 80h0.01" fill="none" stroke="black" stroke-width="6"/>'
-SHAPES = {"disc": "ellipse", "block": "rectangle", "wedge": "polygon"}
+SHAPES = {"disc": "ellipse", "block": "rectangle", "wedge": "polygon", "bow": "chord"}
 
 
 def draw(path: Path, shape: str, random: np.random.Generator, *, filled: bool) -> tuple[int, int, int, int]:
@@ -49,6 +51,8 @@ def draw(path: Path, shape: str, random: np.random.Generator, *, filled: bool) -
     corners: Any = [(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])]
     colour = tuple(int(v) for v in random.integers(40, 180, size=3))
     looks: dict[str, Any] = {"fill": colour} if filled else {"outline": "black", "width": 2}
+    if shape == "bow":
+        looks |= {"start": 20, "end": 200}
     getattr(pen, SHAPES[shape])(corners if shape == "wedge" else box, **looks)
     image.save(path)
     return box
@@ -56,7 +60,7 @@ def draw(path: Path, shape: str, random: np.random.Generator, *, filled: bool) -
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    """Three classes of four photos with masks and key points, two sketches each."""
+    """Four classes of four photos with masks and key points, two sketches each."""
     folder, random = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
     records = []
     for label in SHAPES:
@@ -294,6 +298,36 @@ class TestGoingOn:
         with pytest.raises(SketchFusionError, match=f"{STATE} is damaged"):
             train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
 
+    @pytest.mark.parametrize("change", [{"label": "star"}, {"row": 7}, {"kind": "photo"}, {"photo": "star/1"}])
+    def test_as_many_other_records_are_another_run(
+        self, change: dict[str, Any], untrained: SketchFusion, shapes: DataSet
+    ) -> None:
+        """Whichever record differs, and in whatever but its folder."""
+        records = [dataclasses.replace(shapes.sketches[0], path=f"/here/{i}.png") for i in range(1500)]
+
+        def run(records: list[Record]) -> str:
+            task = tasks_of("recognition", shapes, 32)
+            task.records = tuple(records)
+            return fingerprint(untrained, [task], FEW, kept=False, processes=1)
+
+        moved = [dataclasses.replace(record, path=record.path.replace("here", "there")) for record in records]
+        assert run(moved) == run(records)
+        assert run([*records[:-1], dataclasses.replace(records[-1], **change)]) != run(records)
+
+    def test_another_head_or_backbone_is_another_run(self, untrained: SketchFusion, shapes: DataSet) -> None:
+        def run(dropout: float = 0.0) -> str:
+            torch.manual_seed(0)
+            task = Recognition(shapes, 32, dropout=dropout)
+            return fingerprint(untrained, [task], FEW, kept=False, processes=1)
+
+        first = run()
+        assert run(dropout=0.5) != first
+        for network in (untrained.diffusion.unet, untrained.semantic.model):
+            with torch.no_grad():
+                next(network.parameters()).add_(1.0)
+            assert run() != first
+            first = run()
+
 
 def _without_last(data: DataSet) -> DataSet:
     return dataclasses.replace(data, records=data.records[:-1])
@@ -477,6 +511,19 @@ class TestSettings:
         assert not any(p.any() for p in untrained.adapters.parameters())
         assert not untrained.aggregator.mixing_weights.any()
 
+    def test_mixing_weights_at_a_rate_of_their_own(
+        self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+    ) -> None:
+        """AdamW's first step is as long as the learning rate, whatever the gradient."""
+        for scale in (1.0, 10.0):
+            model = copy.deepcopy(untrained)
+            plan = Settings(steps=1, lr=1e-3, warmup=1.0, weight_decay=0, views=1, mixing_lr_scale=scale)
+            train(model, tasks_of("retrieval", shapes, 32), tmp_path / str(scale), plan)
+            before = {n: p.detach() for n, p in untrained.named_parameters()}
+            moved = {n: (p.detach() - before[n]).abs().max() for n, p in model.named_parameters() if p.requires_grad}
+            longest = {n: 1e-3 * (scale if n.endswith("mixing_weights") else 1) for n in moved}
+            assert {n: float(d) for n, d in moved.items()} == pytest.approx(longest, rel=0.05)
+
     def test_accumulated_batches_are_one_step(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
         train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, dataclasses.replace(FEW, accumulate=3))
         assert len(rows(tmp_path / "log.csv")) == 4
@@ -555,6 +602,24 @@ def test_without_a_terminal_lines_say_what_is_left(
     assert lines[-1].endswith(" 0 s left")
 
 
+def test_runs_of_two_dtypes_in_one_process(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    """accelerate remembers the precision of the first."""
+    half = copy.deepcopy(untrained).half()
+    for name, model in (("single", untrained), ("half", half)):
+        train(model, tasks_of("retrieval", shapes, 32), tmp_path / name, dataclasses.replace(FEW, steps=1))
+        assert len(rows(tmp_path / name / "log.csv")) == 1
+
+
+def test_half_a_line_of_the_log_is_dropped(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    start = snapshot(untrained)
+    train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
+    with (tmp_path / "log.csv").open("a") as log:
+        log.write("\n\x00\x00")
+    untrained.load_state_dict(start)
+    train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
+    assert [row["step"] for row in rows(tmp_path / "log.csv")] == [1, 2, 3, 4]
+
+
 def test_another_number_of_processes_is_another_run(untrained: SketchFusion, shapes: DataSet) -> None:
     plan = untrained, [tasks_of("retrieval", shapes, 32)], FEW
     assert fingerprint(*plan, kept=False, processes=1) != fingerprint(*plan, kept=False, processes=2)
@@ -583,7 +648,9 @@ class TestJobs:
         records = [dataclasses.replace(record, label=name) for name in names for record in shapes.records[:12]]
         data = dataclasses.replace(shapes, classes=tuple(names), records=tuple(records))
         job = make_job("retrieval", data, model, held_out=share, images=8)
-        assert len({record.label for record in job.task.records}) == 10 - max(1, round(share * 10))
+        assert len({record.label for record in job.task.records}) == 10 - max(2, round(share * 10))
+        one = make_job("retrieval", data, model, held_out=0.1, images=8, level="fine")
+        assert len({record.label for record in one.task.records}) == 9  # whose other photos are wrong
 
     def test_segmentation_is_validated_with_sketches_it_did_not_see(
         self, model: SketchFusion, shapes: DataSet, monkeypatch: pytest.MonkeyPatch
@@ -614,12 +681,13 @@ class TestJobs:
 
     @pytest.mark.parametrize("name", ["retrieval", "correspondence", "segmentation"])
     def test_a_set_that_is_held_out_is_not_trained_on(self, name: str, model: SketchFusion, shapes: DataSet) -> None:
-        part = tuple(record for record in shapes.records if record.label == "disc")
-        held_out = DataSet("shapes", ("disc",), part, "disc alone")
+        names = ("bow", "disc") if name == "retrieval" else ("disc",)
+        part = tuple(record for record in shapes.records if record.label in names)
+        held_out = DataSet("shapes", names, part, "some alone")
         job = make_job(name, shapes, model, held_out=held_out, sketches=shapes, images=8)
         kinds = {"photo"} if name == "segmentation" else {"photo", "sketch"}  # its sketches are another set
         assert not {record for record in job.task.records if record.kind in kinds} & set(part)
-        assert "without disc alone" in job.shown
+        assert "without some alone" in job.shown
         assert job.validate(model)
 
     @pytest.mark.parametrize("name", ["retrieval", "segmentation"])
@@ -631,7 +699,50 @@ class TestJobs:
         assert job.validate(model)
         assert not any(record.label == "star" for record in job.task.records)
 
+    @pytest.mark.parametrize("images", [4, 5, 6, 7, 8, 64])
+    @pytest.mark.parametrize("level", ["category", "fine"])
+    def test_a_batch_of_retrieval_has_something_wrong_in_it(
+        self, images: int, level: str, model: SketchFusion, shapes: DataSet
+    ) -> None:
+        task: Any = make_job("retrieval", shapes, model, held_out=0.3, images=images, level=level).task
+        batch = task.batch(np.random.default_rng(0))
+        assert len(batch) <= images
+        what = [record.label if level == "category" else record.photo for record in batch if record.kind == "photo"]
+        assert len(set(what)) > 1
+
+    @pytest.mark.parametrize("other", ["recognition", "correspondence", "segmentation"])
+    def test_what_one_task_is_validated_on_no_task_is_trained_on(
+        self, other: str, model: SketchFusion, shapes: DataSet
+    ) -> None:
+        names = ("retrieval", other)
+        settings = {"held_out": 0.3, "sketches": shapes, "images": 8}
+        alone = make_job(other, shapes, model, **settings)
+        jobs = make_jobs([partial(make_job, name, shapes, model, **settings) for name in names])
+        unseen = jobs[0].apart.classes
+        assert len(unseen) == 2
+        assert unseen & {record.label for record in alone.task.records}  # which is why
+        for job in jobs:
+            assert not unseen & {record.label for record in job.task.records}
+            assert not any(set(job.task.records) & other.apart.records for other in jobs)
+            assert job.task.records
+        assert "without what others are validated on" in jobs[1].shown
+
+    def test_what_cannot_be_validated_is_known_before_training(self, model: SketchFusion, shapes: DataSet) -> None:
+        lost = dataclasses.replace(shapes.sketches[0], photo=None)
+        data = dataclasses.replace(shapes, records=(lost, *shapes.records[1:]))
+        parts = [tuple(r for r in data.records if (r.label in names)) for names in (("disc", "bow"), ("block",))]
+        apart = DataSet("shapes", ("disc", "bow"), parts[0], "apart")
+        assert make_job("retrieval", data, model, held_out=apart, images=8, level="fine").validate(model)
+        one = DataSet("shapes", ("block",), parts[1], "one")
+        with pytest.raises(SketchFusionError, match="two classes or more"):
+            make_job("retrieval", data, model, held_out=one, images=8)
+        bare = dataclasses.replace(one, records=tuple(dataclasses.replace(r, points=()) for r in one.records))
+        with pytest.raises(SketchFusionError, match="no sketch and photo with key points"):
+            make_job("correspondence", data, model, held_out=bare, images=8)
+
     def test_errors(self, model: SketchFusion, shapes: DataSet) -> None:
+        with pytest.raises(ConfigError, match="images"):
+            make_job("retrieval", shapes, model, images=3)
         for settings in ({"images": 0}, {"hidden": -1}):
             with pytest.raises(ConfigError, match=next(iter(settings))):
                 make_job("recognition", shapes, model, **settings)
@@ -694,6 +805,20 @@ class TestCommandLine:
         common = min(len(before), 400) - 1  # the killed one's last line may be half a line
         assert [row["loss"] for row in after[:common]] == [row["loss"] for row in before[:common]]
         assert "map_all" in finished.stdout
+
+    def test_two_processes_are_one_run(self, model: SketchFusion, sketchy: Path, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path / "start")
+        more = ["--model", str(tmp_path / "start"), "--steps", "3", "--device", "cpu", "--json"]
+        alone = self.command(sketchy, tmp_path / "out", *more)
+        several = [alone[0], "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *alone[1:]]
+        done = subprocess.run(
+            several, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["checkpoint"] == str(tmp_path / "out")  # said once
+        assert "3 steps of 16 images" in done.stderr  # eight each
+        assert [row["step"] for row in rows(tmp_path / "out" / "log.csv")] == [1, 2, 3]
+        assert (tmp_path / "out" / "model.safetensors").exists()
 
     def test_every_task_has_its_own_classes(self, sketchy: Path, tmp_path: Path) -> None:
         """All classes for the first; of the second's one class none can be held out."""

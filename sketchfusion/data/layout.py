@@ -46,7 +46,7 @@ class Published:
         """Raise a DataError that says what is there, and which folder near by may be meant, unless the root fits."""
         if fits(root):
             return
-        meant = next((near for near in _near(root) if fits(near)), None)
+        meant = next((near for near in _near(root) if _readable(near, fits)), None)
         hint = f", but {meant} looks like it: pass that" if meant is not None else ""
         raise self.error(root, f"{self.found(root)}{hint}")
 
@@ -190,10 +190,24 @@ def listed(names: Sequence[str], most: int = 6) -> str:
 def _near(root: Path) -> Iterator[Path]:
     """Folders that may be meant: above the root, then in it, then one deeper."""
     yield from list(root.absolute().parents)[:4]
-    inside = [root / name for name in folders(root)[:100]]
+    inside = _inside(root)[:100]
     yield from inside
     for folder in inside:
-        yield from (folder / name for name in folders(folder)[:10])
+        yield from _inside(folder)[:10]
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return [folder / name for name in folders(folder)]
+    except OSError:  # somebody else's
+        return []
+
+
+def _readable(near: Path, fits: Callable[[Path], bool]) -> bool:
+    try:
+        return fits(near)
+    except OSError:
+        return False
 
 
 def _counted(count: int, which: str) -> str:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..data import DataSet, limited, load
+from ..data import DataError, DataSet, limited, load
 from ..errors import ConfigError
 from ..loading import PathLike
 from ..model import SketchFusion
@@ -52,7 +52,8 @@ def evaluate(
         rows, batch_size, ensemble, size, progress: as for `Extractor`.
         limit: take at most so many sketches and photos of each class.
         **settings: of the protocol: `convention`, `gallery`, `held_out`, `queries`; `photos` and `sketches`, each the
-            name and the root of another set; `test`, another root of the same set. None leaves the default.
+            name and the root of another set, of which the classes that both have are taken; `test`, another root of
+            the same set. None leaves the default.
 
     Returns:
         A result for each row; correspondence adds `same-position`, segmentation `whole-photo`.
@@ -85,7 +86,7 @@ def evaluate(
     chosen = found(data, root, classes, part)
     for name in {"photos", "sketches"} & settings.keys():
         other, place = settings[name]
-        settings[name] = found(other, place, chosen.classes)
+        chosen, settings[name] = _in_common(chosen, found(other, place, "all"))
     if isinstance(model, SketchFusion):
         source = "in memory"
     else:
@@ -96,3 +97,22 @@ def evaluate(
     model._warn_if_untrained()
     results: list[Result] = protocol(extractor, chosen, **settings)
     return results
+
+
+def _in_common(data: DataSet, other: DataSet) -> tuple[DataSet, DataSet]:
+    """The classes that both sets have.
+
+    Raises:
+        DataError: there are none.
+    """
+    common = tuple(name for name in data.classes if name in other.classes)
+    if not common:
+        raise DataError(f"{data.name} ({data.split}) and {other.name} ({other.split}) have no class of the same name")
+
+    def part(whole: DataSet) -> DataSet:
+        records = tuple(record for record in whole.records if record.label in common)
+        missing = len(whole.classes) - len(common)
+        words = f", {len(common)} of its {len(whole.classes)} classes" if missing else ""
+        return DataSet(whole.name, common, records, whole.split + words)
+
+    return part(data), part(other)

@@ -92,7 +92,7 @@ def zs_sbir(
 
     Raises:
         ConfigError: no such convention.
-        DataError: a class lacks sketches or photos.
+        DataError: a class lacks sketches or photos, or there is only one class.
         ImageError: an image cannot be read.
     """
     gallery = data if photos is None else photos
@@ -114,7 +114,7 @@ def fg_sbir(
 
     Raises:
         ConfigError: no such convention or gallery.
-        DataError: a class lacks sketches or photos, or a sketch its photo.
+        DataError: a class lacks sketches or photos, or a sketch its photo, or there is only one photo.
         ImageError: an image cannot be read.
     """
     if gallery not in GALLERIES:
@@ -165,24 +165,30 @@ def _retrieval(
     sketches = data.sketches
     _check_classes(data, {"sketches": sketches, "photos": photos})
     query_ids, gallery_ids = ([id_of(record) for record in records] for records in (sketches, photos))
+    if len({*gallery_ids}) == 1:
+        raise DataError(
+            f"{data.name} ({data.split}): every photo is right for every sketch, so nothing can be measured"
+        )
     results = []
     for row, vectors in _pooled(extractor, [*sketches, *photos]).items():
         vectors = vectors.to(extractor.model.device)
         queries = Side(sketches, query_ids, vectors[: len(sketches)])
         gallery = Side(photos, gallery_ids, vectors[len(sketches) :])
         figures = measure(queries, gallery, convention)
-        results.append(_result(task, row, extractor, data, figures, TIES, _examples(queries, gallery)))
+        among = gallery.of if measure is ranked_within_classes else lambda _, whole=gallery: whole
+        results.append(_result(task, row, extractor, data, figures, TIES, _examples(queries, among)))
     return results
 
 
-def _examples(queries: Side, gallery: Side) -> tuple[Example, ...]:
-    """A few queries, evenly spaced over the set, and the first photos that each found."""
-    chosen = spaced(range(len(queries.records)), SHOWN)
-    _, found = search(queries.vectors[chosen], gallery.vectors, SHOWN)
-    return tuple(
-        Example(queries.records[i], tuple((gallery.records[j], gallery.ids[j] == queries.ids[i]) for j in rows))
-        for i, rows in zip(chosen, found.tolist(), strict=True)
-    )
+def _examples(queries: Side, among: Callable[[str | None], Side]) -> tuple[Example, ...]:
+    """A few queries, evenly spaced over the set, and the first photos that each found in the gallery of its label."""
+    examples = []
+    for i in spaced(range(len(queries.records)), SHOWN):
+        gallery = among(queries.records[i].label)
+        (found,) = search(queries.vectors[i : i + 1], gallery.vectors, SHOWN)[1].tolist()
+        shown = tuple((gallery.records[j], gallery.ids[j] == queries.ids[i]) for j in found)
+        examples.append(Example(queries.records[i], shown))
+    return tuple(examples)
 
 
 # ---- recognition

@@ -90,7 +90,7 @@ class Retrieval(nn.Module):
         self.classes, self.per_class = classes, per_class
         photos, sketches = _by_class(data.photos), _by_class(data.sketches)
         if level == "fine":
-            shown = {record.photo for record in data.photos}
+            shown = {record.photo for record in data.photos} - {None}
             sketches = _by_class(tuple(sketch for sketch in data.sketches if sketch.photo in shown))
             self._photo_of = {record.photo: record for record in data.photos}
         self._photos = {name: photos[name] for name in sorted(photos.keys() & sketches.keys())}
@@ -138,7 +138,7 @@ def _grouped(records: Sequence[Record], key: Any) -> dict[Any, list[Record]]:
 
 
 def _by_class(records: Sequence[Record]) -> dict[str, list[Record]]:
-    return _grouped(records, lambda record: record.label)
+    return _grouped([record for record in records if record.label is not None], lambda record: record.label)
 
 
 def _ids(*names: Sequence[str | None]) -> Any:

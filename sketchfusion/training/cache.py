@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import Record
@@ -167,12 +167,17 @@ def _content_keys(records: Sequence[Record]) -> list[str]:
 
 def backbones_key(model: SketchFusion) -> str:
     """A digest of all that latents and tokens depend on besides the image: weights, dtype, sizes, normalisation."""
-    hasher = hashlib.blake2b(digest_size=16)
     config = model.config
     sees = [(b.image_size, b.mean, b.std) for b in (config.diffusion, config.semantic)]
-    hasher.update(repr((sees, model.dtype, model.diffusion.vae.config.scaling_factor)).encode())
-    for part in (model.diffusion.vae, model.semantic.model):
-        for name, tensor in part.state_dict().items():
+    seen = repr((sees, model.dtype, model.diffusion.vae.config.scaling_factor))
+    return _digest(f"{seen} {digest_of(model.diffusion.vae, model.semantic.model)}".encode())
+
+
+def digest_of(*networks: nn.Module) -> str:
+    """A digest of their weights."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for network in networks:
+        for name, tensor in network.state_dict().items():
             hasher.update(name.encode())
             hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()

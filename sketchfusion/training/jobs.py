@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,13 +26,51 @@ log = logging.getLogger(__name__)
 TASKS = ("retrieval", "recognition", "correspondence", "segmentation")
 
 
+class Apart(NamedTuple):
+    """What is not to be trained on."""
+
+    records: frozenset[Record] = frozenset()
+    classes: frozenset[str] = frozenset()
+
+    def taken_from(self, data: DataSet) -> DataSet:
+        """The rest of a set."""
+        rest = tuple(r for r in data.records if r not in self.records and r.label not in self.classes)
+        if len(rest) == len(data.records):
+            return data
+        left = {record.label for record in rest}
+        classes = tuple(name for name in data.classes if name in left)
+        return DataSet(data.name, classes, rest, f"{data.split}, without what others are validated on")
+
+
+NOTHING = Apart()
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A task, what it is trained on in words, and how well the model does it on what was held out."""
+    """A task, what it is trained on in words, and how well the model does it on what was held out.
+
+    Attributes:
+        apart: what `validate` looks at; and classes of which nothing may have been seen, for category retrieval.
+    """
 
     task: Task
     shown: str
     validate: Callable[[SketchFusion], dict[str, float]]
+    apart: Apart
+
+
+def make_jobs(plans: Sequence[Callable[..., Job]]) -> list[Job]:
+    """Tasks that share a model: what one of them is validated on, none is trained on.
+
+    Args:
+        plans: `make_job` with all arguments but `elsewhere`.
+
+    Raises:
+        SketchFusionError: as `make_job`.
+    """
+    jobs = [plan() for plan in plans]
+    apart = Apart(*(frozenset().union(*parts) for parts in zip(*(job.apart for job in jobs), strict=True)))
+    return [plan(elsewhere=apart) for plan in plans] if len(jobs) > 1 else jobs
 
 
 def make_job(
@@ -45,6 +84,7 @@ def make_job(
     level: str = "category",
     loss: str = "info_nce",
     hidden: int | None = None,
+    elsewhere: Apart = NOTHING,
 ) -> Job:
     """A task on a data set, with a part of it held out.
 
@@ -56,8 +96,9 @@ def make_job(
             to work on classes never seen; photos with their sketches for the others, and for segmentation the same
             share of each class's `sketches` as well. What is held out is not trained on, wherever it comes from.
         sketches: segmentation: the sketches that say what to find.
-        images: in a batch.
+        images: in a batch; retrieval needs 4 or more, two sketches and two photos.
         level, loss: see `Retrieval`. hidden: see `Recognition`.
+        elsewhere: what other tasks of the same model are validated on.
 
     Raises:
         ConfigError: no such task, or an illegal setting.
@@ -67,8 +108,9 @@ def make_job(
         raise ConfigError("task", f"is {name!r}", legal=", ".join(TASKS))
     if name == "segmentation" and sketches is None:
         raise ConfigError("sketches", "are missing: a sketch says what to find", legal="a set with sketches")
-    if images < 1:
-        raise ConfigError("images", f"is {images}", legal="an integer from 1 up")
+    least = 4 if name == "retrieval" else 1
+    if images < least:
+        raise ConfigError("images", f"is {images} for {name}", legal=f"an integer from {least} up")
     if hidden is not None and hidden < 1:
         raise ConfigError("hidden", f"is {hidden}", legal="an integer from 1 up")
     data = _usable(name, data, sketches)
@@ -79,11 +121,23 @@ def make_job(
         classes = tuple(label for label in data.classes if label not in unseen)
         kept = DataSet(data.name, classes, rest, f"{data.split}, without {held_out.split}")
     else:
-        kept, apart = (_split_classes if name == "retrieval" else _split_records)(data, held_out)
+        split_up = partial(_split_classes, level=level) if name == "retrieval" else _split_records
+        kept, apart = split_up(data, held_out)
+    kept = elsewhere.taken_from(kept)
+    away = Apart(frozenset(apart.records))
     half = max(1, images // 2)
     if name == "retrieval":
         # At the fine level a class's other photos are the hard negatives: in Sketchy two to four of those drawn from.
-        per_class = min(4 if level == "fine" else 2, half)
+        per_class = min(4, half) if level == "fine" else 1 if half < 4 else 2
+        if level == "fine":
+            apart = _drawn_from_photos(apart)
+        else:
+            away = Apart(away.records, frozenset(apart.classes))
+            if len(apart.classes) < 2:
+                raise SketchFusionError(
+                    f"{apart.name} ({apart.split}): retrieval is validated on two classes or more, of which a sketch "
+                    "can find the wrong one"
+                )
         task: Any = Retrieval(
             kept,
             level=level,
@@ -109,6 +163,10 @@ def make_job(
 
         shown = ("acc_1",)
     elif name == "correspondence":
+        if not apart.pairs():
+            raise SketchFusionError(
+                f"{apart.name} ({apart.split}): no sketch and photo with key points in common to validate on"
+            )
         task = Correspondence(kept, pairs=half)
 
         def figures(model: SketchFusion) -> dict[str, Any]:
@@ -120,6 +178,8 @@ def make_job(
         drawn, queries = sketches, sketches
         if not isinstance(held_out, DataSet):
             drawn, queries = _split_sketches(sketches, held_out)
+            away = Apart(away.records | (frozenset(queries.records) - frozenset(drawn.records)))
+        drawn = elsewhere.taken_from(drawn)
         task = Segmentation(kept, drawn, pairs=half)
 
         def figures(model: SketchFusion) -> dict[str, Any]:
@@ -136,7 +196,7 @@ def make_job(
         seen += f" ({level} level, {loss})"
     elif name == "segmentation":
         seen += f", {drawn.name}: {drawn.split}"
-    return Job(task, seen, validate)
+    return Job(task, seen, validate, away)
 
 
 def _usable(task: str, data: DataSet, sketches: DataSet | None) -> DataSet:
@@ -166,9 +226,10 @@ def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Re
     return found
 
 
-def _split_classes(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
-    """Classes evenly spaced in the alphabet are held out, one at least."""
-    count = max(1, round(share * len(data.classes))) if 0 < share < 1 else 0
+def _split_classes(data: DataSet, share: float, level: str) -> tuple[DataSet, DataSet]:
+    """Classes evenly spaced in the alphabet are held out: two at least, or at the fine level one."""
+    least = 1 if level == "fine" else 2
+    count = max(least, round(share * len(data.classes))) if 0 < share < 1 else 0
     apart = tuple(spaced(data.classes, count))
     kept = tuple(name for name in data.classes if name not in apart)
     if not apart or len(kept) < 2:
@@ -176,6 +237,13 @@ def _split_classes(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
             f"{data.name} ({data.split}): of {len(data.classes)} classes {share:g} cannot be held out to validate on"
         )
     return _part(data, kept, f"without {len(apart)} classes"), _part(data, apart, f"{len(apart)} classes held out")
+
+
+def _drawn_from_photos(data: DataSet) -> DataSet:
+    """Without the sketches that name no photo of the set, which fine-grained retrieval cannot be measured with."""
+    photos = {record.photo for record in data.photos} - {None}
+    records = tuple(record for record in data.records if record.kind == "photo" or record.photo in photos)
+    return dataclasses.replace(data, records=records)
 
 
 def _part(data: DataSet, classes: Sequence[str], words: str) -> DataSet:

@@ -30,7 +30,7 @@ from ..model import SketchFusion
 from ..tasks import Sample, Task
 from ..tasks.recognition import Recognition
 from . import checkpoints
-from .cache import Embedded, Entry, FrozenCache, pixels_of
+from .cache import Embedded, Entry, FrozenCache, digest_of, pixels_of
 from .views import draw_view
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Settings:
 
     steps: int = 1000  # optimiser steps
     lr: float = 1e-3  # of AdamW, after the warm-up; falls to a thousandth of it by a cosine [1.25e-3, to 1e-6]
+    mixing_lr_scale: float = 1.0  # the mixing weights, one number a tap, learn at so many times `lr`
     weight_decay: float = 1e-3  # [1e-3]
     warmup: float = 0.03  # share of the steps in which the learning rate rises
     clip: float = 1.0  # largest gradient norm
@@ -61,7 +62,7 @@ class Settings:
         for key, low in _LEAST.items():
             if getattr(self, key) < low:
                 raise ConfigError(key, f"is {getattr(self, key)}", legal=f"an integer from {low} up")
-        for key in ("lr", "clip"):
+        for key in ("lr", "mixing_lr_scale", "clip"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(key, f"is {getattr(self, key)}", legal="a number above 0")
         if not 0 <= self.weight_decay < math.inf:
@@ -151,6 +152,7 @@ def train(
         SketchFusionError: `out` holds another run; the loss is not finite.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     settings = settings or Settings()
@@ -160,6 +162,8 @@ def train(
     half = model.dtype is torch.float16
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # else accelerate would move it to the first
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device and dtype of the last run
     accelerator = Accelerator(
         cpu=model.device.type == "cpu",
         mixed_precision="fp16" if half else "no",
@@ -186,9 +190,12 @@ def train(
         part.requires_grad_(False)
     trainee = _Trainee(model, jobs, settings.finetune).to(accelerator.device)
     parameters = [(name, p) for name, p in trainee.named_parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [p for _, p in parameters], lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
-    )
+    mixing = model.aggregator.mixing_weights
+    groups = [
+        {"params": [p for _, p in parameters if p is not mixing], "scale": 1.0},
+        {"params": [p for _, p in parameters if p is mixing], "scale": settings.mixing_lr_scale},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99))
     records = tuple(dict.fromkeys(record for task in jobs for record in task.records))
     rank, world = accelerator.process_index, accelerator.num_processes
     run = fingerprint(model, jobs, settings, kept=cache is not None, processes=world)
@@ -225,7 +232,7 @@ def train(
         started = told = time.monotonic()
         for step in range(first, settings.steps):
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate(step)
+                group["lr"] = settings.learning_rate(step) * group["scale"]
             torch.manual_seed(settings.seed + step)  # dropout, the same after a kill
             means: dict[str, float] = {}
             for micro in range(settings.accumulate):
@@ -288,12 +295,18 @@ def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, 
     # These may change between a kill and going on.
     for key in ("checkpoint_every", "validate_every", "gradient_checkpointing"):
         plan.pop(key)
-    shown = [(t.name, len(t.records), [r.path.rpartition("/")[2] for r in t.records[:1000]]) for t in tasks]
+    shown = [(t.name, str(t), _plain(t), [_identity(record) for record in t.records]) for t in tasks]
     begun = hashlib.blake2b(digest_size=16)  # the weights that the run begins with
     for tensor in (*model.trainable_parameters(), *(p for t in tasks for p in t.parameters())):
         begun.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    parts = [config, plan, shown, kept, processes, str(model.dtype), [_plain(t) for t in tasks], begun.hexdigest()]
+    frozen = digest_of(model.diffusion.vae, model.diffusion.unet, model.semantic.model)
+    parts = [config, plan, shown, kept, processes, str(model.dtype), frozen, begun.hexdigest()]
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _identity(record: Record) -> tuple[Any, ...]:
+    """What a record is, wherever its folder lies."""
+    return record.path.rpartition("/")[2], record.kind, record.label, record.row, record.photo, record.points
 
 
 def _plain(task: Task) -> dict[str, Any]:
@@ -393,7 +406,10 @@ class _Journal:
         self.path = path
         with self._explained():
             lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-            kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+            numbers = [line.partition(",")[0] for line in lines[1:]]  # of the steps; the last line may be half a line
+            kept = lines[:1] + [
+                line for line, n in zip(lines[1:], numbers, strict=True) if n.isdecimal() and int(n) <= step
+            ]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, values: dict[str, float]) -> None:
