@@ -40,7 +40,9 @@ class OnDevice(TorchDispatchMode):
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
             raise NotCapturable(f"{func} reads values back")
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, out)):
+        # The attention kernels' random state is one more output, on the CPU unless it is captured. Nothing reads it.
+        seen = (args, kwargs) if "attention" in str(func) else (args, kwargs, out)
+        for leaf in tree_leaves(seen):
             if isinstance(leaf, Tensor) and leaf.device != self.device:
                 raise NotCapturable(f"{func} has a tensor on {leaf.device}")
         return out
@@ -74,7 +76,7 @@ class Graphs:
         self._broken: Any = None  # a capture that torch does not recover from: the last one
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Graphs, ()  # a copy, here or in another process, captures its own
+        return Graphs, ()  # a copy captures its own
 
     def clear(self) -> bool:
         """Forget all, since the addresses of what they read have changed, or their memory is needed.

@@ -9,7 +9,7 @@ import os
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -491,14 +491,18 @@ class SketchFusion(nn.Module):
             features = self.aggregate(self.tap(latents, tokens, ensemble=ensemble, rows=rows), Geometry(*geometry))
             return features.pooled, features.dense, features.dense.isfinite().all()
 
-        inputs = (pixels, torch.stack([torch.as_tensor(field) for field in geometry]))
+        places = torch.stack([torch.as_tensor(field) for field in geometry])
         # Autocast keeps copies of weights, and gives them up at its end.
         if self.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
-            return compute(*(value.to(self.device, non_blocking=True) for value in inputs))
+            return compute(pixels.to(self.device), places.to(self.device))
+        key = self._graph_key(pixels.shape, ensemble, rows)
+        return self._graphs.run(key, compute, (pixels, places.pin_memory()), self.device)
+
+    def _graph_key(self, shape: torch.Size, ensemble: int, rows: int) -> Hashable:
+        """All that a graph of `_infer` depends on besides the pixels: it would go on with the old of each."""
         # Training changes weights in place, or puts others there.
         weights = tuple(parameter.data_ptr() for parameter in self.trainable_parameters())
-        key = (pixels.shape, ensemble, rows, weights, self.diffusion.moves, self.semantic.moves)
-        return self._graphs.run(key, compute, inputs, self.device)
+        return shape, ensemble, rows, weights, self.diffusion.moves, self.semantic.moves
 
     @torch.inference_mode(False)
     def _gather(self, batches: Iterator[Features], options: _Options) -> Features:
@@ -649,11 +653,14 @@ class SketchFusion(nn.Module):
         if not self.diffusion.folded:
             return
         checkpointing = self.diffusion.unet.is_gradient_checkpointing
+        compiled = self.semantic.model._compiled_call_impl is not None
         networks = diffusion_backbone.load(self._origins["diffusion"], self.dtype, self._variant, taps=self.config.taps)
         self._graphs.clear()
         self.diffusion = _diffusion(self.config, *networks, self._null_prompt, fold=False).to(self.device)
         if checkpointing:
             self.enable_gradient_checkpointing()
+        if compiled:
+            self._compile()
 
     def _moved(self, directory: PathLike) -> None:
         """From now on the backbones are those that lie complete in a checkpoint folder, and are saved from there."""

@@ -60,8 +60,11 @@ def test_peers_follow_the_configuration(backbones: dict[str, Path], settings: di
 def test_dift_runs_stable_diffusion_alone(model: SketchFusion, batch: tuple[torch.Tensor, Geometry]) -> None:
     latents, _ = model.embed(batch[0])
     expected = model.tap(latents, None, ensemble=DIFT_ENSEMBLE)
-    loop = PlainLoop(model, torch.float32, stop=True)
+    loop = PlainLoop(model, torch.float32, alone=True)
     assert len(loop.unet.up_blocks) == 3
+    assert sum(len(list(part.parameters())) for part in loop.parts) == len(
+        [*loop.vae.parameters(), *loop.unet.parameters()]
+    )
     found = loop.dift(batch[0])
     for tap, maps in expected.items():
         assert (found[tap] - maps).norm() < 1e-5 * maps.norm()
@@ -125,6 +128,8 @@ def test_the_model_is_left_as_it_was(model: SketchFusion, batch: tuple[torch.Ten
         ({"ensembles": [3]}, "ensemble"),
         ({"sizes": [60]}, "size"),
         ({"runs": 0}, "runs"),
+        ({"compile": True}, "compile"),
+        ({"dtype": "float16"}, "dtype"),
     ],
 )
 def test_illegal_arguments(model: SketchFusion, arguments: dict, problem: str) -> None:

@@ -13,10 +13,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sketchfusion import SketchFusion
+from sketchfusion import LoadError, SketchFusion
 from sketchfusion.backbones import published, shared_copy
 from sketchfusion.backbones.diffusion import DiffusionBackbone
-from sketchfusion.backbones.folding import FoldedCrossAttention
+from sketchfusion.backbones.folding import FoldedCrossAttention, fold_unet
 from sketchfusion.fusion.aggregation import Aggregator, Bottleneck
 from sketchfusion.fusion.injection import Adapters
 
@@ -103,6 +103,26 @@ def test_what_is_folded_is_gone() -> None:
     assert not [name for name in names if "time_emb" in name or "attn2.to_k" in name or "attn2.to_v" in name]
     assert set(names) < set(make_unet().state_dict())  # those that stay keep their names; constants are not saved
     assert not any(isinstance(m, Attention) and m.is_cross_attention for m in unet.modules())
+
+
+class Wrapped(nn.Module):
+    """A layer as peft wraps it: its weight is the base layer's, and what it returns is more."""
+
+    def __init__(self, base: Any):
+        super().__init__()
+        self.base = base
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+
+@pytest.mark.parametrize("name", ["attentions.0.transformer_blocks.0.attn2.to_v", "resnets.0.conv1"])
+def test_a_lora_has_to_be_fused_first(name: str) -> None:
+    unet = make_unet()
+    block = unet.down_blocks[0]
+    block.set_submodule(name, Wrapped(block.get_submodule(name)))
+    with pytest.raises(LoadError, match=r"Wrapped, whose weights.*fuse_lora"):
+        fold_unet(unet, TIMESTEP, torch.zeros(7, SMALL["cross_attention_dim"]))
 
 
 def test_the_time_embedding_stays_where_it_cannot_be_folded() -> None:

@@ -132,12 +132,84 @@ def test_what_reads_a_value_back_or_lies_elsewhere_is_not_captured(function: Any
         function(torch.ones(3, device="meta"))
 
 
-def test_a_part_that_moved_is_another_key(model: SketchFusion) -> None:
-    before = model.diffusion.moves, model.semantic.moves
-    model.semantic.to("cpu")
-    assert (model.diffusion.moves, model.semantic.moves) == (before[0], before[1] + 1)
-    model.to("cpu")
-    assert (model.diffusion.moves, model.semantic.moves) == (before[0] + 1, before[1] + 2)
+torch.library.define("probe::attention", "(Tensor x) -> (Tensor, Tensor)", tags=())
+torch.library.impl("probe::attention", ["Meta"])(lambda x: (torch.empty_like(x), torch.empty((), device="cpu")))
+
+
+def test_the_random_state_of_attention_does_not_count() -> None:
+    """Outside of a capture, memory-efficient attention returns its own on the CPU."""
+    with OnDevice(torch.device("meta")):
+        attended, seed = torch.ops.probe.attention(torch.ones(3, device="meta"))
+        with pytest.raises(NotCapturable):
+            attended + seed.expand(3)
+
+
+def test_a_graph_is_known_by_all_that_it_depends_on(model: SketchFusion) -> None:
+    shape, keys = torch.Size((1, 3, 64, 64)), []
+
+    def changed() -> None:
+        keys.append(model._graph_key(shape, 2, 8))
+        assert len(set(keys)) == len(keys)
+
+    changed()
+    assert model._graph_key(shape, 2, 8) == keys[0]
+    keys.extend((model._graph_key(torch.Size((2, 3, 64, 64)), 2, 8), model._graph_key(shape, 1, 8)))
+    keys.append(model._graph_key(shape, 2, 4))
+    for part in (model, model.diffusion, model.semantic):
+        part.to("cpu")
+        changed()
+    model.aggregator.mixing_weights = torch.nn.Parameter(model.aggregator.mixing_weights.detach().clone())
+    changed()
+    model.semantic = copy.deepcopy(model.semantic).to("cpu")  # another network in the place of the first
+    changed()
+    model.unfold()
+    changed()
+
+
+def test_noises_go_where_the_weights_go(model: SketchFusion) -> None:
+    model.encode(Image.new("RGB", (64, 64)), ensemble=4)
+    assert len(model.diffusion._noises) == 2
+    model.to("meta")
+    assert not model.diffusion._noises
+
+
+def test_short_of_memory_graphs_go_before_a_batch_is_halved(
+    graphs: Graphs, model: SketchFusion, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, launch = [], SketchFusion._launch
+
+    def cramped(self: SketchFusion, items: list, *rest: Any) -> Any:
+        sizes.append(len(items))
+        if len(items) > 2 or captured(graphs):
+            raise torch.OutOfMemoryError("simulated")
+        return launch(self, items, *rest)
+
+    for _ in range(2):
+        graphs.run("key", lambda x: (x + 1,), [torch.ones(1)], CPU)
+    monkeypatch.setattr(model, "_graphs", graphs)
+    monkeypatch.setattr(SketchFusion, "_launch", cramped)
+    assert len(model.encode(images[:4], batch_size=4)) == 4
+    assert sizes == [4, 4, 2, 2]
+    assert not captured(graphs)
+
+
+def test_compiling_changes_nothing(model: SketchFusion, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it lost where the diffusion backbone is loaded again."""
+    expected, compiled = model.encode(images[0]).dense, []
+    real = torch.compile
+
+    def spied(function: Any, **settings: Any) -> Any:
+        compiled.append(function)
+        return real(function, backend="eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", spied)
+    model._compile()
+    count = len(compiled)
+    assert count == 2 + len(model.diffusion.blocks())
+    assert torch.allclose(model.encode(images[0]).dense, expected, atol=1e-4)
+    model.unfold()
+    assert len(compiled) == 2 * count
+    assert torch.allclose(model.encode(images[0]).dense, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("ensemble", [1, 4])
@@ -201,9 +273,9 @@ def test_an_image_that_is_refused_comes_after_the_batches_that_run(
 # ---- on a GPU
 
 
-@pytest.fixture
-def gpu_model(model: SketchFusion) -> SketchFusion:
-    return model.half().to("cuda")
+@pytest.fixture(params=["float16", "float32"])  # which attend by different kernels
+def gpu_model(request: pytest.FixtureRequest, model: SketchFusion) -> SketchFusion:
+    return model.to("cuda", getattr(torch, request.param))
 
 
 def written(model: SketchFusion, image: Path, **options: Any) -> Features:

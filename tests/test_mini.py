@@ -131,15 +131,26 @@ def test_its_fused_map_is_the_mask_of_an_animal_it_had_no_mask_of(extracted: Cal
     assert miou["fused"] > max(miou["semantic"], miou["diffusion"], miou["whole-photo"])
 
 
-def test_bfloat16_keeps_its_features() -> None:
+@pytest.mark.parametrize(
+    ("device", "dtype", "least"),
+    [
+        ("cpu", "bfloat16", 0.99),
+        pytest.param(
+            "cuda", "float16", 0.999,
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: float16 is for GPUs"),
+        ),
+    ],
+)  # fmt: skip
+def test_half_precision_keeps_its_features(device: str, dtype: str, least: float) -> None:
+    """Cosine of dense cells with those of float32, of two images and of each alone."""
     images = [Path(__file__).parents[1] / "examples" / "images" / name for name in ("cat.svg", "cat.jpg")]
-    exact, rough = (
-        SketchFusion.from_pretrained("mini", device="cpu", dtype=dtype).encode(images).dense
-        for dtype in ("float32", "bfloat16")
-    )
-    cosines = torch.nn.functional.cosine_similarity(exact, rough, dim=1).flatten().sort().values
-    assert cosines.mean() > 0.9999
-    assert cosines[len(cosines) // 100] > 0.9995
+    exact = SketchFusion.from_pretrained("mini", device="cpu", dtype="float32").encode(images).dense
+    model = SketchFusion.from_pretrained("mini", device=device, dtype=dtype)
+    for rough in (model.encode(images).dense, torch.stack([model.encode(image).dense.cpu() for image in images])):
+        cosines = torch.nn.functional.cosine_similarity(exact, rough.float(), dim=1).flatten().sort().values
+        assert cosines.mean() > 0.9999
+        assert cosines[len(cosines) // 100] > 0.9998
+        assert cosines[0] > least
 
 
 def test_its_weights_are_small_and_in_half_precision() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_moves = itertools.count()  # of all networks: another one in the place of this has moved too
 
 Module = TypeVar("Module", bound=nn.Module)
 Triple = tuple[float, float, float]
@@ -25,7 +28,7 @@ class Frozen(nn.Module):
 
     def __init__(self, mean: Triple, std: Triple):
         super().__init__()
-        self.moves = 0  # times that the weights were put elsewhere
+        self.moves = next(_moves)  # another number wherever the weights are put
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -34,7 +37,7 @@ class Frozen(nn.Module):
         self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.moves += 1
+        self.moves = next(_moves)
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Self:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -87,6 +87,10 @@ class DiffusionBackbone(Frozen):
             fuse(network)
             network.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         self.freeze()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._noises.clear()  # they are drawn anew where the weights are
+        return super()._apply(fn, recurse)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,12 +8,16 @@ same weights, by which caches are found. Parameters are replaced and never writt
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+
+from ..errors import LoadError
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -25,6 +29,9 @@ def fold_unet(unet: Any, timestep: int, prompt: Tensor) -> None:
     Args:
         timestep: the one step of the diffusion process.
         prompt: (L, cross_attention_dim), the one prompt.
+
+    Raises:
+        LoadError: a layer is wrapped, by a LoRA for example.
     """
     _fold_timestep(unet, timestep)
     for module in list(unet.modules()):
@@ -46,7 +53,8 @@ def _fold_timestep(unet: Any, timestep: int) -> None:
     embedding = copy.deepcopy(unet.time_embedding).to(exact.dtype)(unet.time_proj(steps).to(exact.dtype))[0]
     for resnet in resnets:
         activated = embedding if resnet.skip_time_act else resnet.nonlinearity(embedding)
-        _replace(resnet.conv1, bias=_exact(resnet.conv1.bias) + _linear(resnet.time_emb_proj, activated))
+        bias = _exact(resnet.conv1.bias) + _linear(resnet.time_emb_proj, activated)
+        _replace(_plain(resnet.conv1, nn.Conv2d), bias=bias)
         resnet.time_emb_proj = None
     unet.time_proj = unet.time_embedding = None
 
@@ -106,9 +114,24 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer` in the precision of `x`."""
-    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer in the precision of `x`."""
+    plain = _plain(layer, nn.Linear)
+    return F.linear(x, plain.weight.to(x.dtype), None if plain.bias is None else plain.bias.to(x.dtype))
+
+
+def _plain(layer: nn.Module, kind: type[Layer]) -> Layer:
+    """The layer itself.
+
+    Raises:
+        LoadError: it is one of another library, which does more than its weights say.
+    """
+    if type(layer) is kind:
+        return layer
+    raise LoadError(
+        f"the UNet has a {type(layer).__module__}.{type(layer).__name__}, whose weights cannot be folded: fuse LoRAs "
+        "first (pipe.fuse_lora(), then pipe.unload_lora_weights()), and load it without quantisation"
+    )
 
 
 def _replace(layer: nn.Module, **values: Tensor) -> None:

@@ -69,7 +69,7 @@ def bench(
         sizes: sides of the canvas, pixels; by default the configuration's.
         batch_sizes, ensembles: every combination is measured. DIFT's ensemble is its own.
         runs: timed runs of every way.
-        device, dtype, compile: as for `SketchFusion.from_pretrained`.
+        device, dtype, compile: as for `SketchFusion.from_pretrained`; a model that is given has its own.
         profile: say which operators (on CUDA, kernels) take the time.
         progress: show a progress bar; by default on a terminal.
 
@@ -96,6 +96,9 @@ def bench(
     for ensemble in ensembles:
         check_ensemble(ensemble)
     if isinstance(model, SketchFusion):
+        for key, value, usual in (("device", device, "auto"), ("dtype", dtype, "auto"), ("compile", compile, False)):
+            if value != usual:
+                raise ConfigError(key, f"is {value!r} for a model in memory, which has its own", legal=repr(usual))
         source = "in memory"
     elif model == FULL:
         source, model = FULL, full_size(device=device, dtype=dtype)
@@ -133,17 +136,23 @@ def full_size(*, device: str = "auto", dtype: str = "auto", published: torch.dty
         published: dtype of the weights it is built from, which stay in host memory: 5.1 GB in float32, and nothing
             more than the model itself takes where it is the compute dtype of a model on the CPU.
     """
-    torch.manual_seed(0)
-    torch.set_default_dtype(published)  # built in float32 first, the UNet alone would take 3.5 GB
-    pipeline = SimpleNamespace(
-        vae=AutoencoderKL(**SD_VAE), unet=UNet2DConditionModel(**SD21_UNET), scheduler=PNDMScheduler(**SD_SCHEDULER)
-    )
-    clip = CLIPVisionModel(CLIPVisionConfig(**CLIP_L14_336))
-    torch.set_default_dtype(torch.float32)
-    prompt = torch.randn(77, SD21_UNET["cross_attention_dim"])
-    model = SketchFusion.from_backbones(pipeline, clip, null_prompt=prompt, device=device, dtype=dtype)
-    for parameter in model.adapters.parameters():
-        nn.init.normal_(parameter, std=CLIP_L14_336["hidden_size"] ** -0.5)
+    usual = torch.get_default_dtype()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.set_default_dtype(published)  # built in float32 first, the UNet alone would take 3.5 GB
+        try:
+            pipeline = SimpleNamespace(
+                vae=AutoencoderKL(**SD_VAE),
+                unet=UNet2DConditionModel(**SD21_UNET),
+                scheduler=PNDMScheduler(**SD_SCHEDULER),
+            )
+            clip = CLIPVisionModel(CLIPVisionConfig(**CLIP_L14_336))
+        finally:
+            torch.set_default_dtype(usual)
+        prompt = torch.randn(77, SD21_UNET["cross_attention_dim"])
+        model = SketchFusion.from_backbones(pipeline, clip, null_prompt=prompt, device=device, dtype=dtype)
+        for parameter in model.adapters.parameters():
+            nn.init.normal_(parameter, std=CLIP_L14_336["hidden_size"] ** -0.5)
     return model
 
 
@@ -154,7 +163,7 @@ def _loops(model: SketchFusion, peers: Sequence[str]) -> dict[str, PlainLoop]:
     for peer in peers:
         if peer == "dift":
             half = torch.float16 if model.device.type == "cuda" else torch.float32
-            loops[peer] = PlainLoop(model, half, stop=True)
+            loops[peer] = PlainLoop(model, half, alone=True)
             continue
         dtype = model.dtype if peer == "plain" else torch.float32
         if peer == "plain-float32" and model.dtype is torch.float32 and "plain" in peers:

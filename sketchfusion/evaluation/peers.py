@@ -25,33 +25,37 @@ class PlainLoop:
     Args:
         model: whose weights and configuration are used; its published backbones are loaded again.
         dtype: compute dtype.
-        stop: end the UNet behind the last tap, as DIFT does, instead of running it to its end.
+        alone: for DIFT: without CLIP and adapters, and the UNet ends behind the last tap.
     """
 
-    def __init__(self, model: SketchFusion, dtype: torch.dtype, *, stop: bool = False):
+    def __init__(self, model: SketchFusion, dtype: torch.dtype, *, alone: bool = False):
         self.model, self.dtype = model, dtype
         networks = model.published_backbones(dtype)
         config, device = model.config, model.device
         self.vae, self.unet = networks.vae.to(device).eval(), networks.unet.to(device).eval()
-        sees = config.semantic
-        self.semantic = SemanticBackbone(networks.vision, image_size=sees.image_size, mean=sees.mean, std=sees.std)
-        self.semantic.to(device)
         self.prompt = model._null_prompt.to(device, dtype)
-        self.adapters = nn.ModuleDict({site: _plain(conv, dtype) for site, conv in model.adapters.sites.items()})
+        self.semantic: nn.Module = nn.Identity()
+        self.adapters = nn.ModuleDict()
+        if not alone:
+            sees = config.semantic
+            vision = SemanticBackbone(networks.vision, image_size=sees.image_size, mean=sees.mean, std=sees.std)
+            self.semantic = vision.to(device)
+            self.adapters.update({site: _plain(conv, dtype) for site, conv in model.adapters.sites.items()})
         self._tokens: Tensor | None = None
         self._tapped: dict[str, Tensor] = {}
         blocks = [*self.unet.down_blocks, *filter(None, [self.unet.mid_block]), *self.unet.up_blocks]
         names = [name for name in block_widths(self.unet) if name != "mid" or self.unet.mid_block is not None]
         for name, block in zip(names, blocks, strict=True):
             block.register_forward_hook(self._hook(name))
-        if stop:
+        if alone:
             drop_behind(self.unet, config.taps)
             self.unet.conv_out = nn.Identity()  # diffusers' forward calls it
 
     @property
     def parts(self) -> list[nn.Module]:
         """What holds its weights."""
-        return [self.vae, self.unet, self.semantic, self.adapters, self.model.aggregator]
+        aggregator = [self.model.aggregator] if len(self.adapters) else []
+        return [self.vae, self.unet, self.semantic, self.adapters, *aggregator]
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         config = self.model.config
