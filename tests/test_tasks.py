@@ -1,6 +1,9 @@
 """Losses, heads, predictions and metrics of the four tasks, beside other implementations and hand-worked cases."""
 
 import math
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -164,6 +167,26 @@ class TestRetrievalMetrics:
         assert scores.shape == rows.shape == (6, 2)
         assert alive == [0] * 6
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="the peak is told in KiB on Linux only")
+    def test_memory_is_that_of_a_block(self) -> None:
+        """The similarities of all these pairs, ranked, would take 1.2 GiB."""
+        script = """
+            import resource, torch
+            from sketchfusion.tasks.retrieval import rank_metrics, search
+            def peak():
+                return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            queries, gallery = torch.randn(400, 8), torch.randn(100_000, 8)
+            ids = [str(i % 100) for i in range(100_000)]
+            rank_metrics(queries[:1], gallery[:10], ids[:1], ids[:10])
+            before = peak()
+            rank_metrics(queries, gallery, ids[:400], ids)
+            print(peak() - before)
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+        )
+        assert float(done.stdout) < 0.7
+
 
 class TestRetrievalLosses:
     relevant = torch.eye(3, dtype=torch.bool)
@@ -219,6 +242,15 @@ def drawn_set(points: tuple[tuple[str, float, float], ...] = ()) -> DataSet:
 
 
 class TestRetrievalBatches:
+    @pytest.mark.parametrize("level", ["category", "fine"])
+    def test_what_has_no_class_or_photo_is_left_out(self, level: str) -> None:
+        bare = [Record("p.jpg", "photo", None), Record("s.png", "sketch", None)]
+        nameless = [Record("a9.jpg", "photo", "a"), Record("a9-1.png", "sketch", "a")]
+        data = drawn_set()
+        task = Retrieval(DataSet("drawn", data.classes, (*data.records, *bare, *nameless), "all"), level=level)
+        assert not set(task.records) & set(bare)
+        assert (nameless[1] in task.records) == (level == "category")
+
     def test_category(self) -> None:
         task = Retrieval(drawn_set(), classes=5, per_class=2)
         batch = task.batch(np.random.default_rng(0))

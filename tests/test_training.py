@@ -810,7 +810,7 @@ class TestCommandLine:
         model.save_pretrained(tmp_path / "start")
         more = ["--model", str(tmp_path / "start"), "--steps", "3", "--device", "cpu", "--json"]
         alone = self.command(sketchy, tmp_path / "out", *more)
-        several = [alone[0], "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *alone[1:]]
+        several = [alone[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *alone[1:]]
         done = subprocess.run(
             several, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
         )
