@@ -172,9 +172,9 @@ CARDS = {  # what the checkpoints' cards say: task and data
     "mini": (
         "zero-shot sketch-based image retrieval by class and by photo, correspondence, segmentation and recognition",
         f"{BACKBONES_DATA}. Then, with annotations: all of these photos and sketches of Sketchy, and drawings made of "
-        "8 more photos of each class; 20 sketches of each class of TU-Berlin; two thirds of 203 shoes (a photo and "
-        "three sketches each, four key points), and four fifths of 540 photos of cats, dogs and horses from PASCAL "
-        "VOC with masks",
+        "8 more photos of each class; 20 sketches of each of these classes of TU-Berlin; two thirds of 203 shoes (a "
+        "photo and three sketches each, four key points), and four fifths of 540 photos of cats, dogs and horses "
+        "from PASCAL VOC with masks; and the 1,000 photos of ImageNet without labels",
     ),
 }
 METRICS = {  # of the card of `mini`, of the row `fused`

@@ -662,8 +662,8 @@ def test_of_two_sets_the_classes_that_both_have_are_taken(trees: Path, checkpoin
     result = evaluate("segmentation", "voc", trees / "voc", **here)[0]
     assert result.figures["miou_by_class"].keys() == {"cat", "dog"}
     assert "2 of its 3 classes, sketches from" in result.split
-    assert result.split.endswith("2 of its 3 classes")  # of the sketches too
-    with pytest.raises(DataError, match="no class of the same name"):
+    assert result.split.endswith("Sketchy, 2 of 3 classes")
+    with pytest.raises(DataError, match="no class has the name of one of bird"):
         evaluate("segmentation", "voc", trees / "voc", classes=["bird"], **here)
 
 

@@ -149,7 +149,7 @@ def test_half_precision_keeps_its_features(device: str, dtype: str, least: float
     for rough in (model.encode(images).dense, torch.stack([model.encode(image).dense.cpu() for image in images])):
         cosines = torch.nn.functional.cosine_similarity(exact, rough.float(), dim=1).flatten().sort().values
         assert cosines.mean() > 0.9999
-        assert cosines[len(cosines) // 100] > 0.9998
+        assert cosines[len(cosines) // 100] > 0.9997
         assert cosines[0] > least
 
 

@@ -34,7 +34,7 @@ from sketchfusion.tasks.segmentation import Segmentation
 from sketchfusion.training import Settings, loop, train
 from sketchfusion.training.cache import SHARD, Entry, FrozenCache, backbones_key, pixels_of
 from sketchfusion.training.checkpoints import STATE, load_head
-from sketchfusion.training.jobs import make_job, make_jobs
+from sketchfusion.training.jobs import Apart, make_job, make_jobs
 from sketchfusion.training.loop import _look_at, fingerprint
 from sketchfusion.training.views import View, draw_view, look
 
@@ -322,9 +322,10 @@ class TestGoingOn:
 
         first = run()
         assert run(dropout=0.5) != first
-        for network in (untrained.diffusion.unet, untrained.semantic.model):
+        key = next(b for name, b in untrained.diffusion.unet.named_buffers() if name.endswith("attn2.key"))  # folded
+        for weight in (*(next(n.parameters()) for n in (untrained.diffusion.unet, untrained.semantic.model)), key):
             with torch.no_grad():
-                next(network.parameters()).add_(1.0)
+                weight.add_(1.0)
             assert run() != first
             first = run()
 
@@ -723,9 +724,52 @@ class TestJobs:
         assert unseen & {record.label for record in alone.task.records}  # which is why
         for job in jobs:
             assert not unseen & {record.label for record in job.task.records}
-            assert not any(set(job.task.records) & other.apart.records for other in jobs)
+            assert not any(set(Apart.of(job.task.records).images) & other.apart.images for other in jobs)
             assert job.task.records
         assert "without what others are validated on" in jobs[1].shown
+
+    def test_an_image_is_known_in_whatever_set_it_is(self, model: SketchFusion, shapes: DataSet) -> None:
+        """PSC6K's images are Sketchy's, with key points; TU-Berlin spells classes in another way."""
+        bare = dataclasses.replace(
+            shapes, records=tuple(dataclasses.replace(record, points=()) for record in shapes.records)
+        )
+        spelled = [dataclasses.replace(record, label=f"{record.label} (a)") for record in shapes.sketches]
+        dashed = [dataclasses.replace(record, label=f"{record.label}-a") for record in shapes.records]
+        settings = {"held_out": 0.3, "images": 8}
+        pairs, fine = make_jobs([
+            partial(make_job, "correspondence", shapes, model, **settings),
+            partial(make_job, "retrieval", bare, model, level="fine", **settings),
+        ])  # fmt: skip
+        assert not pairs.apart.images & Apart.of(fine.task.records).images
+        assert not fine.apart.images & Apart.of(pairs.task.records).images
+
+        def named(records: list[Record]) -> DataSet:
+            return DataSet("shapes", tuple(sorted({str(r.label) for r in records})), tuple(records), "all")
+
+        search, name = make_jobs([
+            partial(make_job, "retrieval", named(dashed), model, **settings),
+            partial(make_job, "recognition", named(spelled), model, **settings),
+        ])  # fmt: skip
+        assert len(search.apart.classes) == 2
+        assert not search.apart.classes & {str(record.label).replace(" (a)", "a") for record in name.task.records}
+        assert name.task.records
+
+    def test_sketches_that_ask_for_a_held_out_class_are_held_out(self, model: SketchFusion, shapes: DataSet) -> None:
+        disc = DataSet("shapes", ("disc",), tuple(r for r in shapes.records if r.label == "disc"), "disc")
+        masks, names = make_jobs([
+            partial(make_job, "segmentation", shapes, model, held_out=disc, sketches=shapes, images=8),
+            partial(make_job, "recognition", shapes, model, held_out=0.3, images=8),
+        ])  # fmt: skip
+        for job in (masks, names):
+            assert not [record for record in job.task.records if record.kind == "sketch" and record.label == "disc"]
+        # And no more than are asked for: the sketches of classes without photos are free.
+        photos = dataclasses.replace(shapes, classes=("disc", "bow"), records=tuple(
+            r for r in shapes.photos if r.label in ("disc", "bow")
+        ))  # fmt: skip
+        masks = make_job("segmentation", photos, model, held_out=0.3, sketches=shapes, images=8)
+        asked = {path for path, _ in masks.apart.images} & {os.path.abspath(r.path) for r in shapes.sketches}
+        assert asked
+        assert asked <= {os.path.abspath(r.path) for r in shapes.sketches if r.label in ("disc", "bow")}
 
     def test_what_cannot_be_validated_is_known_before_training(self, model: SketchFusion, shapes: DataSet) -> None:
         lost = dataclasses.replace(shapes.sketches[0], photo=None)
@@ -736,6 +780,9 @@ class TestJobs:
         one = DataSet("shapes", ("block",), parts[1], "one")
         with pytest.raises(SketchFusionError, match="two classes or more"):
             make_job("retrieval", data, model, held_out=one, images=8)
+        single = dataclasses.replace(one, records=tuple(r for r in one.records if r.photo == "block/0"))
+        with pytest.raises(SketchFusionError, match="two drawn photos"):
+            make_job("retrieval", data, model, held_out=single, images=8, level="fine")
         bare = dataclasses.replace(one, records=tuple(dataclasses.replace(r, points=()) for r in one.records))
         with pytest.raises(SketchFusionError, match="no sketch and photo with key points"):
             make_job("correspondence", data, model, held_out=bare, images=8)

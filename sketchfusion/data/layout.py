@@ -19,6 +19,10 @@ ARCHIVES = (".tar", ".zip", ".7z", ".tgz", ".gz", ".xz", ".bz2", ".rar")
 Classes = str | os.PathLike | Sequence[str]
 
 
+class Among(tuple[str, ...]):
+    """Class names, of which those that are there are taken: what another set has."""
+
+
 @dataclass(frozen=True)
 class Published:
     """A data set as it is published.
@@ -87,6 +91,13 @@ class Published:
             if there < len(wanted):
                 words += f" ({there} of {len(wanted)} classes found)"
             return tuple(sorted(chosen)), words
+        if isinstance(classes, Among):
+            common = tuple(sorted({*present} & {*classes}))
+            if not common:
+                raise self.error(
+                    root, f"no class has the name of one of {listed(classes)}, only {listed(sorted(present))}"
+                )
+            return common, f"{self.title}, {len(common)} of {len(classes)} classes"
         names, words = self._named(root, classes, sorted({"all", *lists}))
         if not names:
             raise self.error(root, f"no class is named by {words}")
@@ -147,14 +158,16 @@ def folders(folder: str | os.PathLike[str]) -> list[str]:
         )
 
 
+def letters(name: str) -> str:
+    """What two sets' spellings of a class have in common: hot-air_balloon, hot air balloon."""
+    return re.sub("[^a-z]", "", name.lower())
+
+
 def respelled(names: Iterable[str], official: Iterable[str], others: Mapping[str, str]) -> dict[str, str]:
     """Folders that spell a set's classes in other ways -> {class: folder}; folders of no class are left out.
 
     Compared by their letters; `others` gives, in small letters, what differs in those too.
     """
-
-    def letters(name: str) -> str:
-        return re.sub("[^a-z]", "", name.lower())
 
     spelled = {letters(name): name for name in official}
     found = ((spelled.get(others.get(letters(name), letters(name))), name) for name in names)

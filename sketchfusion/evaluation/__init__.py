@@ -7,7 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..data import DataError, DataSet, limited, load
+from ..data import DataSet, limited, load
+from ..data.layout import Among
 from ..errors import ConfigError
 from ..loading import PathLike
 from ..model import SketchFusion
@@ -86,7 +87,8 @@ def evaluate(
     chosen = found(data, root, classes, part)
     for name in {"photos", "sketches"} & settings.keys():
         other, place = settings[name]
-        chosen, settings[name] = _in_common(chosen, found(other, place, "all"))
+        settings[name] = found(other, place, Among(chosen.classes))
+        chosen = _of_classes(chosen, settings[name].classes)
     if isinstance(model, SketchFusion):
         source = "in memory"
     else:
@@ -99,20 +101,12 @@ def evaluate(
     return results
 
 
-def _in_common(data: DataSet, other: DataSet) -> tuple[DataSet, DataSet]:
-    """The classes that both sets have.
-
-    Raises:
-        DataError: there are none.
-    """
-    common = tuple(name for name in data.classes if name in other.classes)
-    if not common:
-        raise DataError(f"{data.name} ({data.split}) and {other.name} ({other.split}) have no class of the same name")
-
-    def part(whole: DataSet) -> DataSet:
-        records = tuple(record for record in whole.records if record.label in common)
-        missing = len(whole.classes) - len(common)
-        words = f", {len(common)} of its {len(whole.classes)} classes" if missing else ""
-        return DataSet(whole.name, common, records, whole.split + words)
-
-    return part(data), part(other)
+def _of_classes(data: DataSet, classes: Sequence[str]) -> DataSet:
+    """These classes of a set, which has them."""
+    if len(classes) == len(data.classes):
+        return data
+    wanted = set(classes)
+    records = tuple(record for record in data.records if record.label in wanted)
+    return DataSet(
+        data.name, tuple(classes), records, f"{data.split}, {len(classes)} of its {len(data.classes)} classes"
+    )

@@ -174,10 +174,10 @@ def backbones_key(model: SketchFusion) -> str:
 
 
 def digest_of(*networks: nn.Module) -> str:
-    """A digest of their weights."""
+    """A digest of their weights, and of the constants that were folded out of them."""
     hasher = hashlib.blake2b(digest_size=16)
     for network in networks:
-        for name, tensor in network.state_dict().items():
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
             hasher.update(name.encode())
             hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()

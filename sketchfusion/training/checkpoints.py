@@ -30,7 +30,7 @@ class State:
         folder: of the run.
         run: its fingerprint; the state of another run is refused.
         module: its parameters that require gradients are kept.
-        optimizer: AdamW over just these, in their order.
+        optimizer: AdamW over just these.
     """
 
     def __init__(self, folder: Path, run: str, module: nn.Module, optimizer: torch.optim.Optimizer):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from ..data import DataSet, Record, spaced, split
+from ..data.layout import letters
 from ..errors import ConfigError, SketchFusionError
 from ..evaluation import protocols
 from ..evaluation.rows import Extractor
@@ -27,19 +29,30 @@ TASKS = ("retrieval", "recognition", "correspondence", "segmentation")
 
 
 class Apart(NamedTuple):
-    """What is not to be trained on."""
+    """What is not to be trained on, whichever loader found it: image files, and classes whatever their spelling."""
 
-    records: frozenset[Record] = frozenset()
+    images: frozenset[tuple[str, int | None]] = frozenset()
     classes: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, records: Iterable[Record], classes: Iterable[str] = ()) -> Apart:
+        return cls(frozenset(map(_image, records)), frozenset(map(letters, classes)))
 
     def taken_from(self, data: DataSet) -> DataSet:
         """The rest of a set."""
-        rest = tuple(r for r in data.records if r not in self.records and r.label not in self.classes)
+        labels = {name for name in data.classes if letters(name) in self.classes}
+        rest = tuple(r for r in data.records if r.label not in labels and _image(r) not in self.images)
         if len(rest) == len(data.records):
             return data
         left = {record.label for record in rest}
         classes = tuple(name for name in data.classes if name in left)
         return DataSet(data.name, classes, rest, f"{data.split}, without what others are validated on")
+
+
+def _image(record: Record) -> tuple[str, int | None]:
+    """Which image a record shows. A row of a mask says which thing on it is meant."""
+    row = record.row if record.path.endswith((".ndjson", ".npy")) else None
+    return os.path.abspath(record.path), row
 
 
 NOTHING = Apart()
@@ -124,20 +137,22 @@ def make_job(
         split_up = partial(_split_classes, level=level) if name == "retrieval" else _split_records
         kept, apart = split_up(data, held_out)
     kept = elsewhere.taken_from(kept)
-    away = Apart(frozenset(apart.records))
+    away = Apart.of(apart.records)
     half = max(1, images // 2)
     if name == "retrieval":
         # At the fine level a class's other photos are the hard negatives: in Sketchy two to four of those drawn from.
         per_class = min(4, half) if level == "fine" else 1 if half < 4 else 2
         if level == "fine":
-            apart = _drawn_from_photos(apart)
+            apart = _usable(name, _drawn_from_photos(apart), None)
+            different = {record.photo for record in apart.photos}
         else:
-            away = Apart(away.records, frozenset(apart.classes))
-            if len(apart.classes) < 2:
-                raise SketchFusionError(
-                    f"{apart.name} ({apart.split}): retrieval is validated on two classes or more, of which a sketch "
-                    "can find the wrong one"
-                )
+            away = Apart.of(apart.records, apart.classes)
+            different = {*apart.classes}
+        if len(different) < 2:
+            raise SketchFusionError(
+                f"{apart.name} ({apart.split}): retrieval is validated on two classes or more, at the fine level two "
+                "drawn photos, of which a sketch can find the wrong one"
+            )
         task: Any = Retrieval(
             kept,
             level=level,
@@ -178,8 +193,12 @@ def make_job(
         drawn, queries = sketches, sketches
         if not isinstance(held_out, DataSet):
             drawn, queries = _split_sketches(sketches, held_out)
-            away = Apart(away.records | (frozenset(queries.records) - frozenset(drawn.records)))
-        drawn = elsewhere.taken_from(drawn)
+        # A sketch that asks is apart where its class has others to train on, or no photos to.
+        still = {record.label for record in kept.records}
+        trained = {record for record in drawn.records if record.label in still}
+        asked = [r for r in queries.sketches if r.label in apart.classes and r not in trained]
+        away = Apart.of([*apart.records, *asked])
+        drawn = elsewhere.taken_from(away.taken_from(drawn))
         task = Segmentation(kept, drawn, pairs=half)
 
         def figures(model: SketchFusion) -> dict[str, Any]:

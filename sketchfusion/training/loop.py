@@ -162,11 +162,14 @@ def train(
     half = model.dtype is torch.float16
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # else accelerate would move it to the first
-    if not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device and dtype of the last run
+    precision = "fp16" if half else "no"
+    if AcceleratorState._shared_state and not torch.distributed.is_initialized():
+        known = AcceleratorState()
+        if (known.mixed_precision, known.device.type) != (precision, model.device.type):
+            AcceleratorState._reset_state(reset_partial_state=True)  # it would keep those of an earlier run
     accelerator = Accelerator(
         cpu=model.device.type == "cpu",
-        mixed_precision="fp16" if half else "no",
+        mixed_precision=precision,
         kwargs_handlers=[
             # A backbone that is fine-tuned has parameters behind what is read of it.
             DistributedDataParallelKwargs(find_unused_parameters=settings.finetune),
@@ -306,7 +309,8 @@ def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, 
 
 def _identity(record: Record) -> tuple[Any, ...]:
     """What a record is, wherever its folder lies."""
-    return record.path.rpartition("/")[2], record.kind, record.label, record.row, record.photo, record.points
+    files = [path and path.rpartition("/")[2] for path in (record.path, record.mask)]
+    return *files, record.kind, record.label, record.row, record.photo, record.points
 
 
 def _plain(task: Task) -> dict[str, Any]:
@@ -406,10 +410,9 @@ class _Journal:
         self.path = path
         with self._explained():
             lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-            numbers = [line.partition(",")[0] for line in lines[1:]]  # of the steps; the last line may be half a line
-            kept = lines[:1] + [
-                line for line, n in zip(lines[1:], numbers, strict=True) if n.isdecimal() and int(n) <= step
-            ]
+            # The last line may be half a line.
+            whole = [line for line in lines[1:] if line.count(",") == lines[0].count(",")]
+            kept = lines[:1] + [line for line in whole if int(line.partition(",")[0]) <= step]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, values: dict[str, float]) -> None:
