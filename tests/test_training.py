@@ -736,12 +736,15 @@ class TestJobs:
         spelled = [dataclasses.replace(record, label=f"{record.label} (a)") for record in shapes.sketches]
         dashed = [dataclasses.replace(record, label=f"{record.label}-a") for record in shapes.records]
         settings = {"held_out": 0.3, "images": 8}
-        pairs, fine = make_jobs([
+        plans = [
             partial(make_job, "correspondence", shapes, model, **settings),
             partial(make_job, "retrieval", bare, model, level="fine", **settings),
-        ])  # fmt: skip
-        assert not pairs.apart.images & Apart.of(fine.task.records).images
-        assert not fine.apart.images & Apart.of(pairs.task.records).images
+        ]
+        used = [{record.path for record in plan().task.records} for plan in plans]
+        apart = [{record.path for record in shapes.records} - paths for paths in used]
+        assert used[0] & apart[1]  # which is why
+        for job in make_jobs(plans):
+            assert not {record.path for record in job.task.records} & (apart[0] | apart[1])
 
         def named(records: list[Record]) -> DataSet:
             return DataSet("shapes", tuple(sorted({str(r.label) for r in records})), tuple(records), "all")
