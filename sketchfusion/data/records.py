@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,6 +116,12 @@ class DataSet:
     @property
     def sketches(self) -> tuple[Record, ...]:
         return tuple(record for record in self.records if record.kind == "sketch")
+
+    def of_classes(self, classes: Collection[str], words: str) -> DataSet:
+        """The part with these classes, which `words` adds to the split."""
+        chosen = set(classes)
+        records = tuple(record for record in self.records if record.label in chosen)
+        return DataSet(self.name, tuple(classes), records, f"{self.split}, {words}")
 
     def pairs(self) -> list[tuple[Record, Record, tuple[str, ...]]]:
         """Every sketch with its photo and the names of the key points that both have, where there are any."""

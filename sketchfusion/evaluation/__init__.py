@@ -88,7 +88,9 @@ def evaluate(
     for name in {"photos", "sketches"} & settings.keys():
         other, place = settings[name]
         settings[name] = found(other, place, Among(chosen.classes))
-        chosen = _of_classes(chosen, settings[name].classes)
+        common = settings[name].classes
+        if len(common) < len(chosen.classes):
+            chosen = chosen.of_classes(common, f"{len(common)} of its {len(chosen.classes)} classes")
     if isinstance(model, SketchFusion):
         source = "in memory"
     else:
@@ -99,14 +101,3 @@ def evaluate(
     model._warn_if_untrained()
     results: list[Result] = protocol(extractor, chosen, **settings)
     return results
-
-
-def _of_classes(data: DataSet, classes: Sequence[str]) -> DataSet:
-    """These classes of a set, which has them."""
-    if len(classes) == len(data.classes):
-        return data
-    wanted = set(classes)
-    records = tuple(record for record in data.records if record.label in wanted)
-    return DataSet(
-        data.name, tuple(classes), records, f"{data.split}, {len(classes)} of its {len(data.classes)} classes"
-    )

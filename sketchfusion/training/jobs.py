@@ -228,7 +228,7 @@ def _usable(task: str, data: DataSet, sketches: DataSet | None) -> DataSet:
     if not lost:
         return data
     log.info("%s (%s): left out, without photos or without sketches: %s", data.name, data.split, ", ".join(lost))
-    return _part(data, [name for name in data.classes if name in both], f"without {len(lost)} classes")
+    return data.of_classes([name for name in data.classes if name in both], f"without {len(lost)} classes")
 
 
 def _fused(model: SketchFusion) -> Extractor:
@@ -255,7 +255,10 @@ def _split_classes(data: DataSet, share: float, level: str) -> tuple[DataSet, Da
         raise SketchFusionError(
             f"{data.name} ({data.split}): of {len(data.classes)} classes {share:g} cannot be held out to validate on"
         )
-    return _part(data, kept, f"without {len(apart)} classes"), _part(data, apart, f"{len(apart)} classes held out")
+    return (
+        data.of_classes(kept, f"without {len(apart)} classes"),
+        data.of_classes(apart, f"{len(apart)} classes held out"),
+    )
 
 
 def _drawn_from_photos(data: DataSet) -> DataSet:
@@ -263,12 +266,6 @@ def _drawn_from_photos(data: DataSet) -> DataSet:
     photos = {record.photo for record in data.photos} - {None}
     records = tuple(record for record in data.records if record.kind == "photo" or record.photo in photos)
     return dataclasses.replace(data, records=records)
-
-
-def _part(data: DataSet, classes: Sequence[str], words: str) -> DataSet:
-    chosen = set(classes)
-    records = tuple(record for record in data.records if record.label in chosen)
-    return DataSet(data.name, tuple(classes), records, f"{data.split}, {words}")
 
 
 def _split_sketches(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
