@@ -36,7 +36,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,7 +106,7 @@ CANVAS = 256  # photos and sketches are kept letterboxed on a white square of th
 TEACHER_SIDES = {"photos": 224, "tiny": 160, "sketches": 160, "unseen_photos": 224, "unseen_sketches": 160}
 JOINT_HIDDEN, JOINT_DIM, JOINT_TEMPERATURE, JOINT_STEPS = 512, 256, 0.12, 200
 TARGET_DIMS = (112, 128, JOINT_DIM)  # channels of the student's targets at the three depths
-TEACHER_DEPTHS = ("_blocks.10", "_blocks.15", "_bn1")  # 112, 320 and 1280 channels wide
+TEACHER_BLOCKS, TEACHER_WIDTHS, TEACHER_CLASSES = (10, 15), (112, 320, 1280), 1000  # two blocks, and the last map
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class Stage:
     photos: int  # a step; every second photo also becomes a pseudo-sketch
     sketches: int
     steps: int
+    teacher_side: int = 0  # the teacher looks at the photos' very views, mixed with each other, at this resolution;
+    # 0: its maps of the whole images are cropped as the views are
 
 
 # Cycles, in each of which the learning rate rises to its value and falls to nothing.
@@ -124,9 +126,10 @@ SEMANTIC_CYCLES = (
     (Stage(128, 40, 64, 600), Stage(128, 24, 40, 900), Stage(224, 16, 24, 200)),
     (Stage(128, 24, 40, 1200), Stage(224, 16, 24, 300)),
     (Stage(128, 48, 42, 4500), Stage(224, 20, 24, 300)),
+    (Stage(128, 42, 16, 2100, teacher_side=160), Stage(224, 18, 8, 150, teacher_side=224)),
 )
 SEMANTIC_DEPTHS = (2, 4, 6)  # after these layers tokens are compared with the teacher's three depths
-SEMANTIC_LRS, SEMANTIC_DECAY, SEMANTIC_WARMUP = (1.5e-3, 1e-3, 1e-3), 0.05, 40
+SEMANTIC_LRS, SEMANTIC_DECAY, SEMANTIC_WARMUP = (1.5e-3, 1e-3, 1e-3, 1e-3), 0.05, 40
 NCE_TEMPERATURE = 0.1
 
 VAE_STEPS, VAE_BATCH, VAE_SIDE, VAE_LR, VAE_KL = 400, 16, 96, 3e-3, 1e-3
@@ -334,26 +337,30 @@ def load_teacher() -> nn.Module:
     return teacher.eval().to(memory_format=torch.channels_last)
 
 
+def teacher_depths(teacher: nn.Module, pixels: Tensor) -> list[Tensor]:
+    """(N, 3, side, side) in [0, 1] -> three maps, TEACHER_WIDTHS channels wide, of side / 32 cells each way."""
+    swish, cells = teacher._swish, pixels.shape[-1] // 32
+    pixels = ((255 * pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
+    hidden, maps = swish(teacher._bn0(teacher._conv_stem(pixels))), []
+    for i, block in enumerate(teacher._blocks):
+        hidden = block(hidden)
+        if i in TEACHER_BLOCKS:
+            maps.append(F.adaptive_avg_pool2d(hidden, cells))
+    return [*maps, F.relu6(teacher._bn1(teacher._conv_head(hidden)))]
+
+
 @torch.no_grad()
 def teacher_maps(teacher: nn.Module, images: np.ndarray, side: int) -> tuple[Tensor, ...]:
-    """What the teacher sees at TEACHER_DEPTHS: (N, h, w, channels) in fp16, h = w = side / 32 for all."""
-    taps: dict[str, Tensor] = {}
-    hooks = [
-        teacher.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: taps.update({name: out}))
-        for name in TEACHER_DEPTHS
-    ]
-    parts: list[list[Tensor]] = [[] for _ in TEACHER_DEPTHS]
+    """What the teacher sees of whole images, at three depths: (N, side / 32, side / 32, channels) in fp16."""
+    parts: list[list[Tensor]] = [[] for _ in TEACHER_WIDTHS]
     for batch in np.array_split(images, max(1, len(images) // 64)):
         ink = torch.from_numpy(batch)
-        pixels = (ink[:, None].expand(-1, 3, -1, -1) if ink.ndim == 3 else ink.permute(0, 3, 1, 2)).float()
+        pixels = (ink[:, None].expand(-1, 3, -1, -1) if ink.ndim == 3 else ink.permute(0, 3, 1, 2)).float() / 255
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-            teacher.extract_features(((pixels - 127) / 128).contiguous(memory_format=torch.channels_last))
-        for kept, name in zip(parts, TEACHER_DEPTHS, strict=True):
-            out = F.relu6(taps[name].float()) if name == TEACHER_DEPTHS[-1] else taps[name].float()
-            kept.append(F.adaptive_avg_pool2d(out, side // 32).permute(0, 2, 3, 1).half())
-    for hook in hooks:
-        hook.remove()
+            maps = teacher_depths(teacher, pixels)
+        for kept, depth in zip(parts, maps, strict=True):
+            kept.append(depth.permute(0, 2, 3, 1).half())
     return tuple(torch.cat(kept) for kept in parts)
 
 
@@ -374,6 +381,25 @@ class JointHead(nn.Module):
 
     def forward(self, cells: Tensor) -> Tensor:
         return self.read(cells)
+
+
+class Reading(nn.Module):
+    """From the teacher's three depths to what the student learns: principal components of two, and the joint space."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.means = nn.ParameterList(torch.zeros(width) for width in TEACHER_WIDTHS)
+        self.bases = nn.ParameterList(
+            torch.zeros(width, dim) for width, dim in zip(TEACHER_WIDTHS[:-1], TARGET_DIMS[:-1], strict=True)
+        )
+        self.head = JointHead(classes, TEACHER_WIDTHS[-1])
+        self.eval().requires_grad_(False)
+
+    def forward(self, depths: Sequence[Tensor]) -> Tensor:
+        """Three times (..., channels) -> (..., sum of TARGET_DIMS)."""
+        centred = [depth.float() - mean for depth, mean in zip(depths, self.means, strict=True)]
+        low, middle = (c @ basis for c, basis in zip(centred, self.bases, strict=False))
+        return torch.cat([low, middle, self.head(centred[-1])], -1)
 
 
 def class_logits(vectors: Tensor, classes: Tensor) -> Tensor:
@@ -429,24 +455,22 @@ def train_and_write_targets(maps: dict[str, tuple[Tensor, ...]], work: Path) -> 
     labels = {name: np.load(work / f"{name}_labels.npy") for name in TEACHER_SIDES if name != "tiny"}
     classes = len(json.loads((work / "classes.json").read_text()))
     top = {name: depths[-1] for name, depths in maps.items()}
-    mean = top["photos"].float().mean((0, 1, 2))
-    with torch.enable_grad():
-        head = train_joint_head(top, labels, classes, mean)
-    np.save(work / "joint_classes.npy", head.classes.detach().numpy())
-    bases = [
-        principal(torch.cat([maps[n][d].flatten(0, 2)[::97].float() for n in ("photos", "tiny", "sketches")]), dim)
-        for d, dim in enumerate(TARGET_DIMS[:-1])
-    ]
+    reading = Reading(classes)
+    reading.means[-1].copy_(top["photos"].float().mean((0, 1, 2)))
+    reading.head.load_state_dict(train_joint_head(top, labels, classes, reading.means[-1]).state_dict())
+    np.save(work / "joint_classes.npy", reading.head.classes.numpy())
+    for d, dim in enumerate(TARGET_DIMS[:-1]):
+        some = torch.cat([maps[n][d].flatten(0, 2)[::97].float() for n in ("photos", "tiny", "sketches")])
+        for kept, found in zip((reading.means[d], reading.bases[d]), principal(some, dim), strict=True):
+            kept.copy_(found)
+    torch.save(reading.state_dict(), work / "reading.pt")
     pooled = {}
-    with torch.no_grad():
-        for name, depths in maps.items():
-            written = []
-            for rows in torch.arange(len(depths[0])).split(512):
-                parts = [(m[rows].float() - mu) @ basis for m, (mu, basis) in zip(depths, bases, strict=False)]
-                written.append(torch.cat([*parts, head(depths[-1][rows].float() - mean)], -1).half())
-            targets = torch.cat(written)
-            pooled[name] = targets[..., -JOINT_DIM:].float().mean((1, 2))
-            np.save(work / f"{name}_targets.npy", targets.numpy())
+    for name, depths in maps.items():
+        targets = torch.cat([
+            reading([m[rows] for m in depths]).half() for rows in torch.arange(len(depths[0])).split(512)
+        ])  # fmt: skip
+        pooled[name] = targets[..., -JOINT_DIM:].float().mean((1, 2))
+        np.save(work / f"{name}_targets.npy", targets.numpy())
     at = [torch.from_numpy(labels[f"unseen_{kind}"]) for kind in ("sketches", "photos")]
     raw = [top[f"unseen_{kind}"].float().mean((1, 2)) for kind in ("sketches", "photos")]
     return {
@@ -775,6 +799,7 @@ class SemanticHeads(nn.Module):
     def __init__(self, width: int = SEMANTIC["hidden_size"]):
         super().__init__()
         self.read = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) for dim in TARGET_DIMS)
+        self.name = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, TEACHER_CLASSES))
 
     def forward(self, hidden: list[Tensor]) -> list[Tensor]:
         return [read(tokens) for read, tokens in zip(self.read, hidden, strict=True)]
@@ -814,49 +839,106 @@ def sample_images(arrays: Arrays, side: int, count: int = 600) -> Tensor:
     return torch.cat([seen, drawn.expand(-1, 3, -1, -1), sketched.expand(-1, 3, -1, -1)])
 
 
+def mix(photos: Tensor, generator: torch.Generator) -> Tensor:
+    """A third of the photos as they are, a third blended with another, a third with a rectangle of another.
+
+    A teacher that looks at the same mixture can say what is to be seen there, so a few photos become any number.
+    """
+    n, side = len(photos), photos.shape[-1]
+    others = photos[torch.randperm(n, generator=generator)]
+    kind, share = torch.rand(2, n, 1, 1, 1, generator=generator)
+    edges = side * share.sqrt()  # of the rectangle, whose area is `share` of the photo's
+    top, left = (side - edges) * torch.rand(2, n, 1, 1, 1, generator=generator)
+    at = torch.arange(side)
+    y, x = at.view(-1, 1), at
+    inside = (y >= top) & (y < top + edges) & (x >= left) & (x < left + edges)
+    weight = torch.where(kind < 1 / 3, 0.0, torch.where(kind < 2 / 3, 0.5 * share, inside.float()))
+    return photos.lerp(others, weight)
+
+
+class Matching:
+    """The teacher looks at the student's very views (https://arxiv.org/abs/2106.05237): targets, ImageNet's names."""
+
+    def __init__(self, work: Path, classes: int):
+        self.teacher, self.reading = load_teacher(), Reading(classes)
+        self.reading.load_state_dict(torch.load(work / "reading.pt", weights_only=True))
+        self.depths = torch.compile(teacher_depths, dynamic=False)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+        """(N, 3, side, side) in [0, 1] -> (N, grid², sum of TARGET_DIMS) and log-probabilities (N, 1000)."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+            depths = [depth.float() for depth in self.depths(self.teacher, pixels)]
+        names = self.teacher._fc(depths[-1].mean((2, 3))).log_softmax(1)
+        targets = self.reading([depth.permute(0, 2, 3, 1) for depth in depths]).permute(0, 3, 1, 2)
+        targets = F.interpolate(targets, size=(grid, grid), mode="bilinear")
+        return targets.flatten(2).transpose(1, 2), names
+
+
 def semantic_loss(
-    model: CLIPVisionModel, heads: SemanticHeads, arrays: Arrays, stage: Stage, generator: torch.Generator
+    model: CLIPVisionModel,
+    heads: SemanticHeads,
+    arrays: Arrays,
+    stage: Stage,
+    generator: torch.Generator,
+    matching: Matching | None,
 ) -> tuple[Tensor, dict[str, float]]:
     def pick(count: int, rows: np.ndarray) -> np.ndarray:
         return rows[torch.randint(len(rows), (count,), generator=generator).numpy()]
 
-    # Photos, half of them Tiny ImageNet's, every second one seen as a drawing as well.
-    n = stage.photos
+    # Photos, half of them Tiny ImageNet's, every second or third one seen as a drawing as well.
+    every = 3 if matching else 2
+    n, grid = stage.photos, stage.side // SEMANTIC["patch_size"]
     rows = np.concatenate([pick(n // 3, arrays.labelled), pick(n // 6, arrays.loose)])
     tiny = pick(n - len(rows), np.arange(len(arrays.tiny)))
-    views = random_views(n, generator, smallest=0.5, largest=1.0)
+    views = random_views(n, generator, smallest=0.3 if matching else 0.5, largest=1.0)
     big, small = views[: len(rows)], views[len(rows) :]
-    photos = torch.cat([look(arrays.photos[rows], big, stage.side), look(arrays.tiny[tiny], small, stage.side)])
-    drawn = pseudo_sketches(photos[::2], generator)
-    photos = jitter_colours(photos, generator)
+    side = stage.teacher_side or stage.side
+    photos = torch.cat([look(arrays.photos[rows], big, side), look(arrays.tiny[tiny], small, side)])
+    if matching is None:
+        drawn = pseudo_sketches(photos[::every], generator)
+        photos = jitter_colours(photos, generator)
+        targets = torch.cat([
+            look_maps(arrays.photos_targets[rows], big, grid), look_maps(arrays.tiny_targets[tiny], small, grid)
+        ])  # fmt: skip
+    else:
+        photos = mix(photos[torch.randperm(n, generator=generator)], generator)
+        drawn = pseudo_sketches(photos[::every], generator)
+        photos = jitter_colours(photos, generator)
+        targets, names = matching(photos, grid)
+        photos, drawn = (
+            F.interpolate(p, size=(stage.side, stage.side), mode="bilinear", antialias=True) for p in (photos, drawn)
+        )
 
     # Sketches, every class as likely as the next.
     labels = torch.randint(len(arrays.classes), (stage.sketches,), generator=generator)
     chosen = np.array([pick(1, arrays.sketches_by_class[c])[0] for c in labels.tolist()])
     views = random_views(stage.sketches, generator, smallest=0.7, largest=1.1)
     sketches = jitter_strokes(look(arrays.sketches[chosen], views, stage.side), generator)
-
-    grid = stage.side // SEMANTIC["patch_size"]
-    targets = torch.cat([
-        look_maps(arrays.photos_targets[rows], big, grid),
-        look_maps(arrays.tiny_targets[tiny], small, grid),
-        look_maps(arrays.sketches_targets[chosen], views, grid),
-    ]).split(TARGET_DIMS, -1)  # fmt: skip
+    targets = torch.cat([targets, look_maps(arrays.sketches_targets[chosen], views, grid)])
 
     pixels = torch.cat([photos, sketches.expand(-1, 3, -1, -1), drawn.expand(-1, 3, -1, -1)])
-    read = heads(patch_tokens(model, pixels))
+    hidden = patch_tokens(model, pixels)
+    read, targets_by_depth = heads(hidden), targets.split(TARGET_DIMS, -1)
     real = n + stage.sketches  # the rest are drawings made of the photos; only the last target is theirs as well
-    low, middle, high = (match(r[:real], t) for r, t in zip(read, targets, strict=True))
-    cells, pooled, goal = read[-1], read[-1].mean(1), targets[-1].mean(1)
+    low, middle, high = (match(r[:real], t) for r, t in zip(read, targets_by_depth, strict=True))
+    cells, pooled, goal = read[-1], read[-1].mean(1), targets_by_depth[-1].mean(1)
     whole = match(pooled[:real], goal)
-    edges = match(cells[real:], targets[-1][:n:2]) + match(pooled[real:], goal[:n:2])
+    edges = match(cells[real:], targets_by_depth[-1][:n:every]) + match(pooled[real:], goal[:n:every])
     own = torch.arange(n)
-    apart = tell_apart(pooled[:n], goal[:n], own) + tell_apart(pooled[real:], goal[:n], own[::2])
-    known = torch.cat([pooled[: n // 3], pooled[n:real]])
-    right = torch.cat([torch.tensor(arrays.photos_labels[rows[: n // 3]]), labels])
+    apart = tell_apart(pooled[:n], goal[:n], own) + tell_apart(pooled[real:], goal[:n], own[::every])
+    if matching is None:
+        known = torch.cat([pooled[: n // 3], pooled[n:real]])
+        right = torch.cat([torch.tensor(arrays.photos_labels[rows[: n // 3]]), labels])
+    else:
+        known, right = pooled[n:real], labels  # a mixed photo has no one class; the teacher's names are its label
     named = F.cross_entropy(class_logits(known, torch.tensor(arrays.joint_classes)), right, label_smoothing=0.1)
     loss = low + middle + 2 * high + 2 * whole + edges + 0.25 * apart + 0.5 * named
     parts = {"low": low, "middle": middle, "high": high, "whole": whole, "edges": edges, "apart": apart, "named": named}
+    if matching is not None:
+        said = heads.name(hidden[-1][:n].mean(1)).log_softmax(1)
+        parts["divergence"] = F.kl_div(said, names, reduction="batchmean", log_target=True)
+        loss = loss + 0.5 * parts["divergence"]
     return loss, {name: part.item() for name, part in parts.items()}
 
 

@@ -14,7 +14,7 @@ from . import __version__
 from .errors import ConfigError, ImageError, SketchFusionError
 
 if TYPE_CHECKING:
-    from .images import ImageInput
+    from .images import ImageInput, Preprocess
 
 app = typer.Typer(
     name="sketchfusion",
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hub repository.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16, float64.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
@@ -44,6 +44,11 @@ def main() -> None:
         complain(f"{error.format_message()} See sketchfusion --help.")
         code = 2
     raise SystemExit(code)
+
+
+def together(one: str, its: Any, other: str, others: Any) -> None:
+    if (its is None) != (others is None):
+        raise ConfigError(f"--{one}", f"and --{other} go together", legal="both, or neither")
 
 
 def complain(problem: SketchFusionError | str) -> None:
@@ -85,6 +90,7 @@ def encode(
     if out is not None and out.is_dir():
         raise ConfigError("--out", f"{out} is a folder", legal="a file")
 
+    from .images import Preprocess
     from .model import SketchFusion
 
     extractor = SketchFusion.from_pretrained(model, device=device, dtype=dtype)
@@ -97,8 +103,9 @@ def encode(
         "ensemble": ensemble,
         "size": size,
     }
-    kept = None if out is None else extractor.encode(readable(images, read), **options)  # a file needs all at once
-    for features in extractor.stream(readable(images, read), **options) if kept is None else [kept]:
+    stream = readable(images, read, extractor.preprocess if size is None else Preprocess(size))
+    kept = None if out is None else extractor.encode(stream, **options)  # a file needs all at once
+    for features in extractor.stream(stream, **options) if kept is None else [kept]:
         rows += [
             {
                 "path": path,
@@ -119,13 +126,16 @@ def encode(
         raise typer.Exit(2)
 
 
-def readable(paths: list[str], read: list[str]) -> Iterator[ImageInput]:
+def readable(paths: list[str], read: list[str], preprocess: Preprocess) -> Iterator[ImageInput]:
     """Load the images one by one, complain about the bad ones, and append the paths of the good ones to `read`."""
     from .images import open_image
+    from .strokes import Strokes
 
     for path in paths:
         try:
             image = open_image(path)
+            if isinstance(image, Strokes):
+                preprocess(path)  # whether it can be drawn shows only then
         except ImageError as error:
             complain(error)
             continue
@@ -212,7 +222,9 @@ def analyze(
     read: dict[str, list[str]] = {kind: [] for kind in paths}
     options: dict[str, Any] = {"ensemble": ensemble, "batch_size": batch_size}
     streams = {
-        kind: tqdm(readable(found, read[kind]), kind, len(found), unit="image", disable=None, delay=2)
+        kind: tqdm(
+            readable(found, read[kind], extractor.preprocess), kind, len(found), unit="image", disable=None, delay=2
+        )
         for kind, found in paths.items()
     }
     result = {"model": model} | analysis.analyze(extractor, streams, **options)
@@ -249,15 +261,19 @@ def train(
     ] = ["0.1"],  # noqa: B006
     sketches: Annotated[str | None, typer.Option(help="Segmentation: the set with the sketches.")] = None,
     sketches_root: Annotated[Path | None, typer.Option(help="Segmentation: its folder.")] = None,
-    model: Model = "mini",
+    model: Annotated[
+        str | None, typer.Option(help="What to begin with: bundled name, folder or Hub repository. [default: mini]")
+    ] = None,
     fresh: Annotated[bool, typer.Option(help="Begin with untrained adapters and aggregator.")] = False,
     diffusion: Annotated[
         str | None, typer.Option(help="With --semantic: build a new model on these backbones instead.")
     ] = None,
     semantic: Annotated[str | None, typer.Option(help="See --diffusion.")] = None,
     images: Annotated[int, typer.Option(help="Images of each task in a batch.")] = 64,
-    level: Annotated[list[str], typer.Option(help="Retrieval: category or fine.")] = ["category"],  # noqa: B006
-    loss: Annotated[str, typer.Option(help="Retrieval: info_nce or triplet.")] = "info_nce",
+    level: Annotated[
+        list[str] | None, typer.Option(help="Retrieval, of each task or of all: category or fine. [default: category]")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="Retrieval: info_nce or triplet. [default: info_nce]")] = None,
     hidden: Annotated[int | None, typer.Option(help="Recognition: hidden width of an MLP head.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
     lr: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 1e-3,
@@ -307,12 +323,23 @@ def train(
 
     sets = list(zip(of_each("--data", data), of_each("--root", root), strict=True))
     chosen, apart_of, levels = (
-        of_each(name, given) for name, given in (("--classes", classes), ("--held-out", held_out), ("--level", level))
+        of_each(name, given)
+        for name, given in (("--classes", classes), ("--held-out", held_out), ("--level", level or ["category"]))
     )
-    if sketches is not None and sketches_root is None:
-        raise ConfigError("--sketches-root", "is missing", legal="the folder of the set that --sketches names")
-    if (diffusion is None) != (semantic is None):
-        raise ConfigError("--diffusion", "and --semantic go together", legal="both, or neither")
+    for name, given, owner in (
+        ("--level", level, "retrieval"),
+        ("--loss", loss, "retrieval"),
+        ("--hidden", hidden, "recognition"),
+        ("--sketches", sketches, "segmentation"),
+    ):
+        if given is not None and owner not in task:
+            raise ConfigError(name, f"says something about {owner}", legal=f"with --task {owner}")
+    together("sketches", sketches, "sketches-root", sketches_root)
+    together("diffusion", diffusion, "semantic", semantic)
+    if diffusion is not None and model is not None:
+        raise ConfigError("--model", "and --diffusion each name what to begin with", legal="one of them")
+    if finetune and dtype not in ("auto", "float32"):
+        raise ConfigError("--dtype", f"is {dtype}", legal="float32 with --finetune, or not given")
     settings = Settings(
         steps=steps, lr=lr, mixing_lr_scale=mixing_lr_scale, weight_decay=weight_decay, warmup=warmup, clip=clip,
         accumulate=accumulate, views=views, seed=seed, checkpoint_every=checkpoint_every,
@@ -326,13 +353,14 @@ def train(
     ]
     drawn = None if sketches is None or sketches_root is None else load(sketches, sketches_root, classes="all")
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("sketchfusion").setLevel(logging.INFO)
     where = resolve_device(device)
     # float16 would need its gradients scaled; bfloat16 does not.
     kind = "float32" if finetune else "bfloat16" if dtype == "auto" and where.type == "cuda" else dtype
     torch.manual_seed(seed)
     extractor = (
-        SketchFusion.from_pretrained(model, device=where, dtype=kind)
+        SketchFusion.from_pretrained(model or "mini", device=where, dtype=kind)
         if diffusion is None
         else SketchFusion.from_backbones(diffusion, semantic, device=where, dtype=kind)
     )
@@ -341,12 +369,10 @@ def train(
     jobs = make_jobs([
         partial(
             make_job, name, shown, extractor,
-            held_out=kept, sketches=drawn, images=images, level=kind_of, loss=loss, hidden=hidden,
+            held_out=kept, sketches=drawn, images=images, level=kind_of, loss=loss or "info_nce", hidden=hidden,
         )
         for name, shown, kept, kind_of in zip(task, loaded, apart, levels, strict=True)
     ])  # fmt: skip
-    before = extractor.config.training_data  # the backbones, at least, go on with what they were trained on
-    seen = "; ".join(job.shown for job in jobs)
     figures = run(
         extractor,
         [job.task for job in jobs],
@@ -354,7 +380,7 @@ def train(
         settings,
         cache=cache,
         validate=lambda model: {key: value for job in jobs for key, value in job.validate(model).items()},
-        training_data=f"{before}. Then: {seen}" if before else seen,
+        training_data="; ".join(job.shown for job in jobs),
         include_backbones=include_backbones,
     )
     if not PartialState().is_main_process:
@@ -367,7 +393,7 @@ def train(
         print(f"checkpoint: {out}")
 
 
-def listed(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     """What stands between the commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -418,9 +444,8 @@ def evaluate(
 
     docs/evaluation.md describes the protocols and rows.
     """
-    for name, other, folder in (("photos", photos, photos_root), ("sketches", sketches, sketches_root)):
-        if (other is None) != (folder is None):
-            raise ConfigError(f"--{name}", f"and --{name}-root go together", legal="both, or neither")
+    together("photos", photos, "photos-root", photos_root)
+    together("sketches", sketches, "sketches-root", sketches_root)
 
     from . import evaluation
     from .evaluation import report as reporting
@@ -429,7 +454,7 @@ def evaluate(
         reporting.check_directory(report)
     results = evaluation.evaluate(
         task, data, root, classes=classes, part=part, model=model, limit=limit, batch_size=batch_size,
-        rows=listed(rows) if rows else tuple(evaluation.ROWS), ensemble=ensemble, size=size, device=device,
+        rows=split_commas(rows) if rows else tuple(evaluation.ROWS), ensemble=ensemble, size=size, device=device,
         dtype=dtype, convention=convention, gallery=gallery, test=test_root, held_out=held_out, queries=queries,
         photos=photos and (photos, photos_root), sketches=sketches and (sketches, sketches_root),
     )  # fmt: skip
@@ -463,7 +488,7 @@ def bench(
     """
 
     def integers(name: str, text: str) -> list[int]:
-        parts = listed(text)
+        parts = split_commas(text)
         for part in parts:
             if not part.isdecimal():
                 raise ConfigError(name, f"is {text!r}", legal="integers, separated by commas")
@@ -476,7 +501,7 @@ def bench(
 
     if plot is not None:
         plots.check_file(plot)
-    chosen = list(benchmark.PEERS) if peers is None else [] if peers == "none" else listed(peers)
+    chosen = list(benchmark.PEERS) if peers is None else [] if peers == "none" else split_commas(peers)
     result = benchmark.bench(
         model, peers=chosen, sizes=counts[2] or None, batch_sizes=counts[0], ensembles=counts[1], runs=runs,
         device=device, dtype=dtype, compile=compile, profile=profile,

@@ -1,5 +1,7 @@
 """The errors that come out for bad input: one base class, one subclass for each thing a user can mend."""
 
+from functools import partial
+
 
 class SketchFusionError(Exception):
     """Base of every error that this package raises for bad input."""
@@ -20,11 +22,7 @@ class ImageError(SketchFusionError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders from DataLoader workers, and keyword-only arguments do not by default.
-        return _image_error, (self.problem, self.source, self.index)
-
-
-def _image_error(problem: str, source: str | None, index: int | None) -> ImageError:
-    return ImageError(problem, source=source, index=index)
+        return partial(ImageError, source=self.source, index=self.index), (self.problem,)
 
 
 class ConfigError(SketchFusionError):
@@ -40,11 +38,7 @@ class ConfigError(SketchFusionError):
         super().__init__(f"{key}: {problem}; legal: {legal}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _config_error, (self.key, self.problem, self.legal)
-
-
-def _config_error(key: str, problem: str, legal: str) -> ConfigError:
-    return ConfigError(key, problem, legal=legal)
+        return partial(ConfigError, legal=self.legal), (self.key, self.problem)
 
 
 class LoadError(SketchFusionError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -34,11 +35,37 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
             unfinished.unlink()
 
 
-def share(folder: Path, like: Path) -> None:
-    """Give every file of a folder the mode of another file: save_file leaves what it writes to its owner alone."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(like.stat().st_mode)
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A folder to write into: what is there at the end takes its place in `directory`, file by file.
+
+    A folder inside it is a whole model: weights that lie under other names where it goes are deleted, for of a model in
+    one file and an index of several the index would be read.
+
+    Raises:
+        SketchFusionError: it cannot be written to. Until everything was written, nothing of it has changed.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
+            stage = Path(folder)
+            yield stage
+            written = [path for path in sorted(stage.rglob("*")) if path.is_file()]
+            (stage / "readers").touch()
+            readers = (stage / "readers").stat().st_mode  # save_file leaves what it writes to its owner alone
+            models = {path.parent.relative_to(stage) for path in written if path.suffix == ".safetensors"} - {Path()}
+            for old in (old for model in models for old in (directory / model).glob("*.safetensors*")):
+                if not (stage / old.relative_to(directory)).exists():
+                    old.unlink()
+            for path in written:
+                target = directory / path.relative_to(stage)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.chmod(readers)
+                os.replace(path, target)
+    except (OSError, SafetensorError) as error:
+        raise SketchFusionError(
+            f"{directory} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def make_folder(path: Path) -> None:

@@ -258,19 +258,19 @@ def undisturbed() -> Iterator[None]:
 
     loggers = (diffusers_logging, transformers_logging)
     levels = [logger.get_verbosity() for logger in loggers]
-    bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    bars, hub_bars = [logger.is_progress_bar_enabled() for logger in loggers], not are_progress_bars_disabled()
     dtype = torch.get_default_dtype()
-    for logger in loggers:
+    for logger, shown in zip(loggers, bars, strict=True):
         logger.set_verbosity_error()
-    if bars:
-        transformers_logging.disable_progress_bar()  # the Hub's as well
+        if shown:
+            logger.disable_progress_bar()  # transformers' does the same to the Hub's
     try:
         yield
     finally:
         torch.set_default_dtype(dtype)
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level, shown in zip(loggers, levels, bars, strict=True):
             logger.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-            if not hub_bars:
-                disable_progress_bars()
+            if shown:
+                logger.enable_progress_bar()
+        if not hub_bars:
+            disable_progress_bars()

@@ -20,11 +20,11 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -54,12 +54,12 @@ class Geometry(NamedTuple):
     """
 
     width: int | Tensor  # of the original image, in pixels, after EXIF rotation
-    height: int | Tensor
-    left: int | Tensor  # where the image lies on the canvas, in canvas pixels
-    top: int | Tensor
-    inner_width: int | Tensor
-    inner_height: int | Tensor
-    canvas: int | Tensor  # the canvas's side in pixels
+    height: int | Tensor  # the same
+    left: int | Tensor  # of the image on the canvas, in canvas pixels
+    top: int | Tensor  # the same
+    inner_width: int | Tensor  # the image's width on the canvas, in canvas pixels
+    inner_height: int | Tensor  # the same for its height
+    canvas: int | Tensor  # the canvas's side, in pixels
 
     def image(self, i: int) -> Geometry:
         """The geometry of the i-th image of a batch, in ints."""
@@ -119,7 +119,7 @@ def _cells(first: int | Tensor, extent: int | Tensor, canvas: int | Tensor, grid
 
 def collate(geometries: Sequence[Geometry]) -> Geometry:
     """N geometries of single images -> the geometry of their batch, (N,) int64 tensors; N may be 0."""
-    rows = torch.tensor(geometries, dtype=torch.int64).reshape(len(geometries), len(Geometry._fields))
+    rows = torch.tensor(geometries, dtype=torch.int64, device="cpu").reshape(len(geometries), len(Geometry._fields))
     return Geometry(*(column.clone() for column in rows.unbind(1)))
 
 
@@ -131,7 +131,8 @@ class Preprocess:
     Picklable and without weights, so it works in DataLoader workers, whose collate function batches both.
 
     Raises:
-        ConfigError: `size` is no positive multiple of 8; called, ImageError for what is no image.
+        ConfigError: `size` is no positive multiple of 8; called, ImageError for what is no image, and for a drawing of
+            too many lines with too thick a pen.
     """
 
     def __init__(self, size: int):
@@ -144,7 +145,10 @@ class Preprocess:
         geometry = letterbox(*opened.size, self.size)
         inner = (int(geometry.inner_width), int(geometry.inner_height))
         if isinstance(opened, Strokes):
-            placed = opened.render(*inner).convert("RGB")
+            try:
+                placed = opened.render(*inner).convert("RGB")
+            except ImageError as error:
+                raise ImageError(error.problem, source=_place(image) or error.source) from None
         else:
             placed = opened.resize(inner, Image.Resampling.BICUBIC)
         canvas = Image.new("RGB", (self.size, self.size), "white")
@@ -154,6 +158,10 @@ class Preprocess:
 
     def __repr__(self) -> str:
         return f"Preprocess(size={self.size})"
+
+
+def _place(image: ImageInput) -> str | None:
+    return os.fsdecode(image) if isinstance(image, str | os.PathLike) else None
 
 
 def letterbox(width: int, height: int, canvas: int) -> Geometry:
@@ -192,8 +200,8 @@ def as_stream(images: object) -> tuple[Iterator[ImageInput], bool]:
 
 
 def read_ahead(
-    images: Iterator[ImageInput], preprocess: Preprocess, count: int, *, listed: bool = False
-) -> Iterator[Future[tuple[Tensor, Geometry]]]:
+    images: Iterator[Any], preprocess: Callable[[Any], tuple[Tensor, Geometry]], count: int, *, listed: bool = False
+) -> Generator[Future[tuple[Tensor, Geometry]], None, None]:
     """Every image preprocessed, in order; threads read and decode up to `count` files and URLs ahead.
 
     What is in memory already is preprocessed as it is drawn, and nothing is drawn before its turn: who made it may
@@ -246,6 +254,7 @@ def open_image(image: ImageInput) -> Image.Image | Strokes:
             with _decoding(type(image).__name__):
                 with _LOADING:
                     image.load()
+                    _orientation(image)
                 return _on_white(image)
         case np.ndarray():
             return _from_array(image)

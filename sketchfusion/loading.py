@@ -150,7 +150,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ConfigError(
                 "device", f"{str(device)!r} cannot be used here ({reason})", legal="auto, cpu, cuda, cuda:1, mps"
@@ -158,7 +158,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if torch.cuda.is_available():
         rank = os.environ.get("LOCAL_RANK")  # of one process among several, each with a GPU of its own
         return torch.device("cuda" if rank is None else f"cuda:{rank}")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cpu")
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

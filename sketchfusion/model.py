@@ -27,7 +27,7 @@ from .backbones.semantic import SemanticBackbone
 from .config import BackboneConfig, Config, check_blocks, check_ensemble, unknown_key
 from .errors import ConfigError, ImageError, LoadError, SketchFusionError
 from .features import Features
-from .files import share
+from .files import staged
 from .fusion.aggregation import Aggregator, max_pool
 from .fusion.injection import Adapters
 from .graphs import Graphs
@@ -78,6 +78,7 @@ class SketchFusion(nn.Module):
         semantic: vision transformer, frozen.
         adapters: what is injected, trainable.
         aggregator: how the tapped maps are fused, trainable.
+        preprocess: any image `encode` takes -> its pixels (3, S, S) in [0, 1] on the canvas, and their `Geometry`.
     """
 
     def __init__(self, config: Config, diffusion: DiffusionBackbone, semantic: SemanticBackbone):
@@ -142,7 +143,7 @@ class SketchFusion(nn.Module):
             token: Hub token for private and gated repositories; by default the one you logged in with.
             cache_dir: where downloads are kept; by default the Hub client's cache.
             local_files_only: never touch the network.
-            device: `"auto"` is CUDA, else MPS, else the CPU.
+            device: `"auto"` is CUDA, else the CPU; `"mps"` was never tried.
             dtype: compute dtype of the backbones. `"auto"` is float16 on CUDA, bfloat16 on a CPU with AMX or
                 AVX512-BF16, float32 elsewhere.
             variant: file variant of the diffusion backbone to download, for example `"fp16"`.
@@ -320,6 +321,7 @@ class SketchFusion(nn.Module):
             ConfigError: an argument is unknown or illegal.
             SketchFusionError: out of memory on the GPU for a single image, or the features overflowed the compute
                 dtype.
+            LoadError: the semantic backbone is no plain vision transformer.
         """
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
@@ -454,7 +456,8 @@ class SketchFusion(nn.Module):
     ) -> Callable[[], Features]:
         """Start computing the features of a batch; what is returned waits for them. A CPU has computed them by then."""
         cuda = self.device.type == "cuda"
-        pixels = torch.empty(len(items), *items[0][0].shape, pin_memory=cuda, device="cpu")
+        shape = (len(items), *items[0][0].shape)
+        pixels = torch.empty(shape, dtype=torch.float32, pin_memory=cuda, device="cpu")
         torch.stack([image for image, _ in items], out=pixels)
         geometry = collate([geometry for _, geometry in items])
         *maps, finite = self._infer(pixels, geometry, ensemble=options.ensemble, rows=rows)
@@ -510,8 +513,9 @@ class SketchFusion(nn.Module):
         parts = list(batches)
         count = sum(len(part) for part in parts)
         width, grid = self.config.aggregator_width, self.config.aggregator_grid
-        pooled = torch.empty(count, width) if options.pooled else None
-        dense = torch.empty(count, width, grid, grid) if options.dense else None
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        pooled = torch.empty(count, width, **kind) if options.pooled else None
+        dense = torch.empty(count, width, grid, grid, **kind) if options.dense else None
         geometry = collate([part.geometry.image(i) for part in parts for i in range(len(part))])
         row = 0
         while parts:
@@ -623,9 +627,15 @@ class SketchFusion(nn.Module):
                 maps[tap] = maps.get(tap, 0) + total
         return {tap: total.to(latents.dtype) for tap, total in maps.items()}
 
-    def aggregate(self, maps: Mapping[str, Tensor], geometry: Geometry) -> Features:
-        """What `tap` returns -> `Features`: the learned aggregation, and max pooling over the cells on the image."""
-        dense = self.aggregator(maps)
+    def aggregate(
+        self, maps: Mapping[str, Tensor], geometry: Geometry, *, aggregator: Aggregator | None = None
+    ) -> Features:
+        """What `tap` returns -> `Features`: the learned aggregation, and max pooling over the cells on the image.
+
+        Args:
+            aggregator: another than the model's own, such as an ablation of it.
+        """
+        dense = (aggregator or self.aggregator)(maps)
         pooled = max_pool(dense, geometry.mask(self.config.aggregator_grid).to(dense.device))
         return Features(pooled=pooled.float(), dense=dense.float(), geometry=geometry)
 
@@ -665,7 +675,7 @@ class SketchFusion(nn.Module):
     def _moved(self, directory: PathLike) -> None:
         """From now on the backbones are those that lie complete in a checkpoint folder, and are saved from there."""
         for name in self._origins:
-            self._origins[name] = Location(os.fspath(directory)).inside(name)
+            self._origins[name] = Location(os.path.abspath(directory)).inside(name)
             backbone = dataclasses.replace(getattr(self._config, name), source=INSIDE + name, revision=None)
             self._config = self._config.with_backbone(name, backbone)
         self._variant = None
@@ -701,7 +711,8 @@ class SketchFusion(nn.Module):
     def save_pretrained(self, directory: PathLike, include_backbones: bool = False) -> None:
         """Write a checkpoint folder: `config.json`, `model.safetensors` (float16) and a model card.
 
-        A folder that is there already is overwritten file by file, once everything has been written beside it.
+        A folder that is there already is overwritten file by file, once everything has been written beside it; of a
+        backbone's weights nothing old is left.
 
         Args:
             directory: the folder.
@@ -711,6 +722,7 @@ class SketchFusion(nn.Module):
 
         Raises:
             SketchFusionError: the folder cannot be written to.
+            LoadError: the place that a backbone has to be copied from is no longer there.
         """
         homeless = [name for name in self._origins if include_backbones or not self._has_address(name)]
         self._save(Path(directory), include=homeless)
@@ -762,31 +774,14 @@ class SketchFusion(nn.Module):
         weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in state.items()}
         if directory.is_file():
             raise LoadError(f"{directory} is a file, and a checkpoint is a folder")
-        try:
-            self._write(directory, include, config, weights, name)
-        except OSError as error:
-            raise SketchFusionError(f"{directory} cannot be written: {error.strerror or error}") from error
-
-    def _write(
-        self, directory: Path, include: list[str], config: Config, weights: dict[str, Tensor], name: str | None
-    ) -> None:
-        """Everything beside the folder's old files first, then each in its place."""
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
-            staged = Path(folder)
-            (staged / "config.json").write_text(config.to_json(), encoding="utf-8")
-            (staged / "README.md").write_text(card.render(config, name), encoding="utf-8")
-            save_file(weights, staged / WEIGHTS, metadata={"format": "pt"})
+        with staged(directory) as stage:
+            (stage / "config.json").write_text(config.to_json(), encoding="utf-8")
+            (stage / "README.md").write_text(card.render(config, name), encoding="utf-8")
+            save_file(weights, stage / WEIGHTS, metadata={"format": "pt"})
             if "diffusion" in include:
-                diffusion_backbone.save_complete(self._origins["diffusion"], staged / "diffusion", self._variant)
+                diffusion_backbone.save_complete(self._origins["diffusion"], stage / "diffusion", self._variant)
             if "semantic" in include:
-                semantic_backbone.save_complete(self._origins["semantic"], staged / "semantic")
-            share(staged, like=staged / "config.json")
-            for path in sorted(staged.rglob("*")):
-                if path.is_file():
-                    target = directory / path.relative_to(staged)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, target)
+                semantic_backbone.save_complete(self._origins["semantic"], stage / "semantic")
 
 
 ENCODE_KEYWORDS = tuple(

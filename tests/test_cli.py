@@ -64,6 +64,20 @@ def test_good_images_are_written_and_each_bad_one_gets_a_line(run: Run, folder: 
     assert all(name in line for name, line in zip(["broken.png", "text.png", "gone.png"], lines, strict=True))
 
 
+def test_a_drawing_that_cannot_be_drawn_costs_no_other_image(run: Run, folder: Path) -> None:
+    zigzag = " ".join(f"{x % 100},{x * 37 % 100}" for x in range(20000))
+    (folder / "dense.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100"><polyline stroke="black" fill="none" '
+        f'stroke-width="60" points="{zigzag}"/></svg>'
+    )
+    done = run("encode", "dense.svg", "cat.svg", "--out", "d.safetensors", "--json")
+    assert done.returncode == 2
+    assert [row["path"] for row in json.loads(done.stdout)] == ["cat.svg"]
+    (line,) = done.stderr.splitlines()
+    assert "dense.svg" in line
+    assert "too many lines" in line
+
+
 def test_nothing_good_writes_nothing(run: Run, folder: Path) -> None:
     done = run("encode", "text.png", "--out", "nothing.safetensors", "--json")
     assert done.returncode == 2

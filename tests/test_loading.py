@@ -23,6 +23,7 @@ from hub_server import REFUSALS, HubServer
 from huggingface_hub import ModelCard, constants, file_download
 from huggingface_hub.utils import _http
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
@@ -1002,6 +1003,37 @@ def test_overwriting(model: SketchFusion, tmp_path: Path) -> None:
     assert over["model.safetensors"] == fresh["model.safetensors"]
     (tmp_path / "file").write_text("")
     refused(lambda: model.save_pretrained(tmp_path / "file"), str(tmp_path / "file"))
+
+
+def test_overwriting_leaves_no_weights_in_pieces(
+    model: SketchFusion, backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    """The libraries read an index where they find one."""
+    model.save_pretrained(tmp_path, include_backbones=True)
+    unet, semantic = pipeline(backbones["diffusion"]).unet, vision(backbones["semantic"])
+    with torch.no_grad():
+        for parameter in (*unet.parameters(), *semantic.parameters()):
+            parameter.zero_()
+    unet.save_pretrained(tmp_path / "diffusion" / "unet", max_shard_size="10KB")
+    semantic.save_pretrained(tmp_path / "semantic", max_shard_size="10KB")
+    (tmp_path / "training.safetensors").touch()
+    model.save_pretrained(tmp_path, include_backbones=True)
+    assert same(load(tmp_path), load(tmp_path))
+    torch.testing.assert_close(
+        load(tmp_path).encode(PICTURE).pooled, model.encode(PICTURE).pooled, rtol=0.02, atol=0.02
+    )
+    assert not list(tmp_path.rglob("*.index*"))
+    assert (tmp_path / "training.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("File too large")])
+def test_a_full_disk(model: SketchFusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("sketchfusion.model.save_file", full)
+    refused(lambda: model.save_pretrained(tmp_path), str(tmp_path), "cannot be written")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("victim", ["sketchfusion.model.save_file", "shutil.copyfile", "sketchfusion.card.render"])

@@ -452,6 +452,9 @@ def test_what_is_not_seen_is_not_drawn() -> None:
         f'<g style="display: none">{seen}</g>',
         '<rect width="100" height="100" fill="white"/>',
         '<rect width="100" height="100" style="fill:#FFFFFF;stroke:none"/>',
+        f'<g visibility="hidden">{seen}</g>',
+        f'<g opacity="0">{seen}</g>',
+        '<path d="M0 0h24v24H0V0z" fill="none"/>',
         '<path d="M1 1h9" fill="none" stroke="none"/>',
         '<path d="M1 1h9" fill="none" stroke="white"/>',
         '<path d=""/>',
@@ -465,8 +468,12 @@ def test_what_is_not_seen_is_not_drawn() -> None:
         with pytest.raises(ImageError, match="nothing in it can be drawn"):
             svg(body)
         assert len(svg(body + seen).strokes) == 1, body
-    for paint in ('fill="none" stroke="black"', 'fill="none"', 'stroke="none"', 'stroke="red" fill="white"', ""):
+    for paint in ('fill="none" stroke="black"', 'stroke="none"', 'stroke="red" fill="white"', ""):
         assert len(svg(f'<path d="M1 1h9" {paint}/>').strokes) == 1, paint
+    assert len(svg('<style>path { stroke: black }</style><path d="M1 1h9" fill="none"/>').strokes) == 1
+    assert len(svg('<path class="ink" d="M1 1h9" fill="none"/>').strokes) == 1
+    shown = '<path visibility="visible" d="M1 1h9"/>'
+    assert len(svg(f'<g visibility="hidden">{shown}{seen}</g>').strokes) == 1
 
 
 BILLION_LAUGHS = '<!DOCTYPE svg [<!ENTITY a "ha">{}]><svg>&z;</svg>'.format(

@@ -16,9 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image, ImageDraw
 
 from sketchfusion import ConfigError, ImageError, LoadError, SketchFusion, SketchFusionError, cli
@@ -31,7 +33,7 @@ from sketchfusion.tasks.correspondence import Correspondence
 from sketchfusion.tasks.recognition import Recognition
 from sketchfusion.tasks.retrieval import Retrieval
 from sketchfusion.tasks.segmentation import Segmentation
-from sketchfusion.training import Settings, loop, train
+from sketchfusion.training import Settings, cache, loop, train
 from sketchfusion.training.cache import SHARD, Entry, FrozenCache, backbones_key, pixels_of
 from sketchfusion.training.checkpoints import STATE, load_head
 from sketchfusion.training.jobs import Apart, make_job, make_jobs
@@ -188,6 +190,54 @@ def test_an_ablation_ends_with_its_run(untrained: SketchFusion, shapes: DataSet,
     train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, settings)
     assert not any(parameter.any() for parameter in untrained.adapters.parameters())
     assert all(parameter.requires_grad for parameter in untrained.trainable_parameters())
+
+
+class Interrupted(torch.nn.Module):
+    name = "interrupted"
+
+    def __init__(self, data: DataSet):
+        super().__init__()
+        self.records = data.records
+
+    def batch(self, random: np.random.Generator) -> list[Record]:
+        return list(self.records[:2])
+
+    def loss(self, features: Any, samples: Any) -> Any:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("plan", [{"without": ("adapters", "mixing")}, {"finetune": True}])
+def test_what_learns_is_as_before_after_a_run_that_was_interrupted(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(untrained, Interrupted(shapes), tmp_path, dataclasses.replace(FEW, **plan))
+    trainable = {id(parameter) for parameter in untrained.trainable_parameters()}
+    assert all(parameter.requires_grad == (id(parameter) in trainable) for parameter in untrained.parameters())
+    assert not untrained.training
+
+
+def test_the_card_keeps_what_the_model_had_seen(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    task, once = tasks_of("retrieval", shapes, 32), dataclasses.replace(FEW, steps=1)
+    train(untrained, task, tmp_path / "a", once, training_data="shapes")
+    assert untrained.config.training_data == "shapes"
+    train(untrained, task, tmp_path / "b", once, training_data="more shapes")
+    assert untrained.config.training_data == "shapes. Then: more shapes"
+    train(untrained, task, tmp_path / "c", once)
+    assert untrained.config.training_data == "shapes. Then: more shapes. Then: not stated"
+
+
+def test_every_validation_is_kept_whatever_its_figures_are_called(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+) -> None:
+    """And of whatever kind they are."""
+    name, settings = "retrieval map_all, shapes, 2 classes held out", dataclasses.replace(FEW, validate_every=1)
+    figures = train(
+        untrained, tasks_of("retrieval", shapes, 32), tmp_path, settings, validate=lambda _: {name: np.float32(0.5)}
+    )
+    assert [row["step"] for row in rows(tmp_path / "validation.csv")] == [1, 2, 3, 4]
+    assert figures == {name: 0.5}
+    assert SketchFusion.from_pretrained(tmp_path, device="cpu").config.metrics == figures
 
 
 def test_folders_that_cannot_be(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
@@ -565,6 +615,22 @@ def test_finetuning_reaches_the_backbones_and_is_saved(
         train(untrained, tasks_of("retrieval", shapes, 32), tmp_path / "b", plan, cache=tmp_path)
 
 
+def test_finetuning_leaves_the_modules_that_were_passed_in_alone(
+    backbones: dict[str, Path], shapes: DataSet, tmp_path: Path
+) -> None:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(backbones["diffusion"], safety_checker=None)
+    vision = transformers.CLIPVisionModel.from_pretrained(backbones["semantic"])
+    before = snapshot(pipe.unet), snapshot(vision)
+    model = SketchFusion.from_backbones(
+        pipe, vision, dtype="float32", device="cpu", aggregator_width=32, aggregator_grid=12,
+        semantic_mean=(0.5, 0.5, 0.5), semantic_std=(0.5, 0.5, 0.5),
+    )  # fmt: skip
+    train(model, tasks_of("retrieval", shapes, 32), tmp_path, dataclasses.replace(FEW, finetune=True))
+    for module, was in zip((pipe.unet, vision), before, strict=True):
+        assert all(torch.equal(tensor, was[name]) for name, tensor in module.state_dict().items())
+    assert any(not torch.equal(p, before[1][n]) for n, p in model.semantic.model.named_parameters())
+
+
 def test_two_tasks_of_one_name_are_told_apart_in_the_log(
     untrained: SketchFusion, shapes: DataSet, tmp_path: Path
 ) -> None:
@@ -601,6 +667,13 @@ def test_without_a_terminal_lines_say_what_is_left(
     lines = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
     assert lines[0].startswith(f"step 1 of {FEW.steps}, loss ")
     assert lines[-1].endswith(" 0 s left")
+    caplog.clear()
+    monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=lambda: next(minutes)))
+    monkeypatch.setattr(cache, "SHARD", 4)
+    with caplog.at_level("INFO"):
+        FrozenCache(untrained, shapes.records[:12], 1, tmp_path / "cache", seed=0, progress=False)
+    lines = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
+    assert lines == ["cache: 1 of 3 files, 400 s left", "cache: 2 of 3 files, 150 s left"]
 
 
 def test_runs_of_two_dtypes_in_one_process(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ class Frozen(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    def thaw(self, network: nn.Module) -> None:
+        """Let a part of it learn, in memory of its own: what was passed in loaded shares its weights' memory."""
+        self._apply(torch.clone)
+        network.requires_grad_(True)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.moves = next(_moves)
         return super()._apply(fn, recurse)
@@ -52,7 +57,7 @@ def shared_copy(module: Module) -> Module:
     """A copy with a structure of its own that shares the weights' memory with `module`.
 
     What is done to a frozen backbone (freezing, casting, dropping blocks) replaces parameters and never writes
-    into them, so the caller's module stays as it was.
+    into them, so the caller's module stays as it was; to be trained it is given memory of its own (`Frozen.thaw`).
     """
     memo = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) if isinstance(p, nn.Parameter) else p.detach()

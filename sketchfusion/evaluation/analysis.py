@@ -23,7 +23,7 @@ from ..config import check_ensemble
 from ..data import spaced
 from ..data.layout import IMAGES
 from ..errors import ConfigError, SketchFusionError
-from ..images import Geometry, ImageInput, collate
+from ..images import Geometry, ImageInput, collate, read_ahead
 from ..model import SketchFusion
 from ..plots import principal_colours
 
@@ -345,8 +345,8 @@ def _batches(
         batch_size = model.default_batch_size
     if batch_size < 1:
         raise ConfigError("batch_size", f"is {batch_size}", legal="an integer from 1 up")
-    stream = iter(images)
-    while batch := [model.preprocess(image) for image in islice(stream, batch_size)]:
+    ahead = read_ahead(iter(images), model.preprocess, batch_size)
+    while batch := [read.result() for read in islice(ahead, batch_size)]:
         yield torch.stack([pixels for pixels, _ in batch]), collate([geometry for _, geometry in batch])
 
 

@@ -93,6 +93,8 @@ def bench(
     for key, values in {"batch_sizes": batch_sizes, "runs": (runs,)}.items():
         if not values or any(value < 1 for value in values):
             raise ConfigError(key, f"is {', '.join(map(str, values)) or 'empty'}", legal="integers from 1 up")
+    if not ensembles:
+        raise ConfigError("ensembles", "is empty", legal="1, or even numbers")
     for ensemble in ensembles:
         check_ensemble(ensemble)
     if isinstance(model, SketchFusion):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import DataError, DataSet, Record, spaced, split
+from ..data.layout import listed
 from ..errors import ConfigError, SketchFusionError
 from ..features import Features
 from ..tasks.correspondence import match, pck
@@ -205,7 +206,8 @@ def recognition(
         extractor: the rows.
         data: labelled sketches.
         test: the sketches to test on, where all of `data` is fitted to.
-        held_out: without `test`, the share of each class that is tested on, always the same sketches.
+        held_out: without `test`, the share of each class, by and large, that is tested on, always the same sketches.
+            Of a class of few that can be all of them: it is left out.
 
     Raises:
         ConfigError: `held_out` is no share.
@@ -216,6 +218,8 @@ def recognition(
         raise ConfigError("held_out", f"is {held_out}", legal="a share between 0 and 1")
     if test is None:
         fitted, tested = split(data.sketches, held_out)
+        known = {record.label for record in fitted}
+        tested = tuple(record for record in tested if record.label in known)
     else:
         fitted, tested = data.sketches, test.sketches
         data = dataclasses.replace(data, split=f"all of {data.split}; tested on {test.split} of another root or part")
@@ -225,7 +229,7 @@ def recognition(
         raise DataError(
             f"{data.name} ({data.split}): {len(fitted)} sketches of {len(classes)} classes to fit to, {len(tested)} to "
             "test on"
-            + (f", of classes that are only there: {_listed(foreign)}" if foreign else "")
+            + (f", of classes that are only there: {listed(foreign)}" if foreign else "")
             + "; recognition needs two classes or more, and tests on those that it has fitted to"
         )
     index = {name: i for i, name in enumerate(classes)}
@@ -426,11 +430,7 @@ def _check_classes(data: DataSet, sides: dict[str, Sequence[Record]]) -> None:
         if not found:
             raise DataError(f"{data.name} ({data.split}) has no {name}")
         if lacking := everything - found:
-            raise DataError(f"{data.name} ({data.split}) has no {name} of {_listed(sorted(map(str, lacking)))}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise DataError(f"{data.name} ({data.split}) has no {name} of {listed(sorted(map(str, lacking)))}")
 
 
 def _result(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,8 +22,7 @@ from ..config import check_ensemble
 from ..data import Record
 from ..errors import ConfigError, LoadError, SketchFusionError
 from ..features import Features
-from ..fusion.aggregation import max_pool
-from ..images import Geometry, ImageInput, Preprocess, collate
+from ..images import Geometry, ImageInput, Preprocess, collate, read_ahead
 from ..loading import MARKERS, Access, find_origin
 from ..model import SketchFusion
 
@@ -108,12 +108,10 @@ class Extractor:
         disable, delay = (None, 2) if self.progress is None else (not self.progress, 0)
         with (
             tqdm(total=len(images), desc="evaluate", unit=unit, disable=disable, delay=delay) as bar,
-            ThreadPoolExecutor(2) as readers,
+            closing(read_ahead(iter(images), self._read, size, listed=True)) as ahead,
         ):
-            ahead = readers.map(self._read, images[:size])
             for start in range(0, len(images), size):
-                pixels, geometries = zip(*ahead, strict=True)
-                ahead = readers.map(self._read, images[start + size : start + 2 * size])  # while this one is computed
+                pixels, geometries = zip(*(read.result() for read in islice(ahead, size)), strict=True)
                 batch = torch.stack(pixels)
                 for row, features in self.extract(batch, collate(geometries)):
                     yield start, row, features
@@ -153,9 +151,7 @@ class Extractor:
                     case "without-aggregation":
                         features = mean_pooled(self._side_by_side(injected), geometry)
                     case "without-mixing":
-                        dense = self._unmixed(injected)
-                        mask = geometry.mask(model.config.aggregator_grid).to(dense.device)
-                        features = Features(max_pool(dense, mask).float(), dense.float(), geometry)
+                        features = model.aggregate(injected, geometry, aggregator=self._unmixed)
                     case "fused":
                         features = model.aggregate(injected, geometry)
                     case _:

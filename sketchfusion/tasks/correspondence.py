@@ -105,10 +105,10 @@ def match(source: Features, target: Features, points: Any) -> Tensor:
         (P, 2) in original pixels of the target, inside it.
 
     Raises:
-        SketchFusionError: a point lies outside the source, or there is no dense map.
+        SketchFusionError: a point lies outside the source, or there is no dense map, or one of numpy.
     """
-    if target.dense is None:
-        raise SketchFusionError("the target's features have no dense map to search; encode with dense=True")
+    if not (isinstance(source.dense, Tensor) and isinstance(target.dense, Tensor)):
+        raise SketchFusionError("both images need a dense map of torch: encode with dense=True and to='torch'")
     descriptors = F.normalize(source.at(points).float(), dim=1)
     cosines, places = _cosines(descriptors, target)
     best = places[cosines.argmax(1)]

@@ -60,9 +60,13 @@ class Retrieval(nn.Module):
     negatives.
 
     Args:
-        data: a set with sketches and photos; for the fine level every sketch has to name its photo.
+        data: a set with sketches and photos; at the fine level sketches that name no photo of it are left out.
         level: `"category"` or `"fine"`.
         loss: `"info_nce"` or `"triplet"`.
+        classes: of a batch.
+        per_class: sketches of each, and as many photos.
+        temperature: of `info_nce`, above 0.
+        margin: of `triplet_loss`, a cosine distance from 0 to 2.
 
     Raises:
         ConfigError: no such level or loss.
@@ -120,7 +124,7 @@ class Retrieval(nn.Module):
 
     def loss(self, features: Features, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
         sketch = torch.tensor([sample.record.kind == "sketch" for sample in samples])
-        ids = _ids([s.record.photo if self.level == "fine" else s.record.label for s in samples])
+        (ids,) = _ids([s.record.photo if self.level == "fine" else s.record.label for s in samples])
         relevant = (ids[sketch][:, None] == ids[~sketch][None]).to(features.pooled.device)
         queries, gallery = features.pooled[sketch], features.pooled[~sketch]
         if self.kind == "triplet":
@@ -141,11 +145,10 @@ def _by_class(records: Sequence[Record]) -> dict[str, list[Record]]:
     return _grouped([record for record in records if record.label is not None], lambda record: record.label)
 
 
-def _ids(*names: Sequence[str | None]) -> Any:
-    """Names as integers, alike over all the sequences: one tensor for one sequence, else a list of them."""
+def _ids(*names: Sequence[str | None]) -> list[Tensor]:
+    """Names as integers, alike over all the sequences: a tensor for each."""
     known: dict[str | None, int] = {}
-    tensors = [torch.tensor([known.setdefault(name, len(known)) for name in part], dtype=torch.int64) for part in names]
-    return tensors[0] if len(tensors) == 1 else tensors
+    return [torch.tensor([known.setdefault(name, len(known)) for name in part], dtype=torch.int64) for part in names]
 
 
 # ---- prediction

@@ -106,9 +106,12 @@ def similarity(query: Tensor, photo: Features) -> Tensor:
 
     Returns:
         (H, W) of the original image: the cells' cosines, interpolated bilinearly.
+
+    Raises:
+        SketchFusionError: there is no dense map, or one of numpy.
     """
-    if photo.dense is None:
-        raise SketchFusionError("the photo's features have no dense map to search; encode with dense=True")
+    if not (isinstance(photo.dense, Tensor) and isinstance(query, Tensor)):
+        raise SketchFusionError("sketch and photo have to be tensors: encode with dense=True and to='torch'")
     cosines = F.cosine_similarity(photo.dense.float(), query.float()[:, None, None], dim=0)
     width, height = int(photo.geometry.width), int(photo.geometry.height)
     rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,6 +74,7 @@ class FrozenCache:
         views: K, views an image; view 0 is the image as it is.
         folder: where the files go; several runs and sets can share it.
         rank, world: this process does every world-th file, where it is missing.
+        progress: show a progress bar; by default on a terminal.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class FrozenCache:
         batch_size: int = 16,
         rank: int = 0,
         world: int = 1,
+        progress: bool | None = None,
     ):
         entries = [Entry(record, view) for record in records for view in range(views)]
         keys = dict(zip(records, _content_keys(records), strict=True))
@@ -109,8 +112,15 @@ class FrozenCache:
             len(shards),
         )
         mine = [s for s in missing if s % world == rank]  # whatever the others have written by now
-        with tqdm(total=sum(len(shards[s]) for s in mine), desc="cache", unit="view", delay=2) as bar:
-            for s in mine:
+        disable, delay = (None, 2) if progress is None else (not progress, 0)
+        total = sum(len(shards[s]) for s in mine)
+        with tqdm(total=total, desc="cache", unit="view", disable=disable, delay=delay) as bar:
+            started = told = time.monotonic()
+            for done, s in enumerate(mine):
+                if bar.disable and time.monotonic() - told > 60:  # a log file has no bar to look at
+                    told = time.monotonic()
+                    left = (told - started) / done * (len(mine) - done)
+                    log.info("cache: %d of %d files, %.0f s left", done, len(mine), left)
                 self._write(model, shards[s], self._paths[s], seed, batch_size, bar)
 
     def _write(self, model: SketchFusion, shard: list[Entry], path: Path, seed: int, batch_size: int, bar: Any) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import LoadError, SketchFusionError
-from ..files import share, write_tensors
+from ..files import staged, write_tensors
 from ..model import SketchFusion
 from ..tasks import Task
 from ..tasks.recognition import Recognition, make_head
@@ -78,15 +78,15 @@ def save_finetuned(model: SketchFusion, folder: Path) -> None:
     """Put fine-tuned weights in the place of the original ones that `save_pretrained` copied into the checkpoint.
 
     What never runs (decoder, last up block) stays as it was published, so the folders are complete for their libraries.
+
+    Raises:
+        SketchFusionError: the folder cannot be written to.
     """
-    unet = folder / "diffusion" / "unet"
-    whole = UNet2DConditionModel.from_pretrained(unet, torch_dtype=torch.float32)
+    whole = UNet2DConditionModel.from_pretrained(folder / "diffusion" / "unet", torch_dtype=torch.float32)
     whole.load_state_dict(model.diffusion.unet.state_dict(), strict=False)
-    for part, target in ((whole, unet), (model.semantic.model, folder / "semantic")):
-        for old in target.glob("*.safetensors*"):  # of another dtype, or in several pieces
-            old.unlink()
-        part.save_pretrained(target)
-        share(target, like=folder / "config.json")
+    with staged(folder) as stage:
+        whole.save_pretrained(stage / "diffusion" / "unet")
+        model.semantic.model.save_pretrained(stage / "semantic")
     model._moved(folder)
 
 

@@ -139,7 +139,8 @@ def train(
         validate: called on the model every `validate_every` steps and at the end, in eval mode without gradients; what
             it returns goes into `validation.csv` and, from the end, into the model card. It should look at classes that
             are not trained on.
-        training_data: what was trained on, in words, for the model card.
+        training_data: what was trained on, in words, for the model card, which says it after what the model had seen
+            before.
         include_backbones: as for `SketchFusion.save_pretrained`.
         progress: show a progress bar with the time left; by default on a terminal.
 
@@ -182,15 +183,50 @@ def train(
         if model.dtype is not torch.float32 or cache is not None:
             raise ConfigError("finetune", "trains the backbones themselves", legal="dtype='float32' and no cache")
         model.unfold()
-        for part in (model.diffusion.unet, model.semantic.model):
-            part.requires_grad_(True)
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    frozen: list[Any] = [
+    with _learning(model, settings):
+        return _train(
+            model, jobs, out, settings, accelerator,
+            cache=cache, validate=validate, training_data=training_data, include_backbones=include_backbones,
+            progress=progress,
+        )  # fmt: skip
+
+
+@contextmanager
+def _learning(model: SketchFusion, settings: Settings) -> Iterator[None]:
+    """Meanwhile what the settings leave out does not learn, and the backbones that they fine-tune do."""
+    left_out: list[Any] = [
         model.adapters if name == "adapters" else model.aggregator.mixing_weights for name in settings.without
     ]
-    for part in frozen:
-        part.requires_grad_(False)
+    try:
+        for part in left_out:
+            part.requires_grad_(False)
+        if settings.finetune:
+            model.diffusion.thaw(model.diffusion.unet)
+            model.semantic.thaw(model.semantic.model)
+        yield
+    finally:
+        for part in left_out:
+            part.requires_grad_(True)
+        model.diffusion.freeze()
+        model.semantic.freeze()
+        model.eval()
+
+
+def _train(
+    model: SketchFusion,
+    jobs: list[Task],
+    out: Path,
+    settings: Settings,
+    accelerator: Any,
+    *,
+    cache: str | Path | None,
+    validate: Validate | None,
+    training_data: str | None,
+    include_backbones: bool,
+    progress: bool | None,
+) -> dict[str, float]:
     trainee = _Trainee(model, jobs, settings.finetune).to(accelerator.device)
     parameters = [(name, p) for name, p in trainee.named_parameters() if p.requires_grad]
     mixing = model.aggregator.mixing_weights
@@ -215,7 +251,10 @@ def train(
 
     kept = None
     if cache is not None:
-        kept = FrozenCache(model, records, settings.views, Path(cache), seed=settings.seed, rank=rank, world=world)
+        kept = FrozenCache(
+            model, records, settings.views, Path(cache), seed=settings.seed, rank=rank, world=world,
+            progress=progress if main else False,
+        )  # fmt: skip
         accelerator.wait_for_everyone()
 
     prepared, steps = accelerator.prepare(trainee, optimizer)
@@ -275,12 +314,13 @@ def train(
     try:
         figures = _validated(model, validate, out / "validation.csv", settings.steps, main)
     finally:  # what was trained is kept, whatever validating it met with
-        for part in frozen:
-            part.requires_grad_(True)
-        model.eval()
         if main:
+            before = model.config.training_data
             model.config = dataclasses.replace(
-                model.config, task=", ".join(t.name for t in jobs), training_data=training_data, metrics=figures
+                model.config,
+                task=", ".join(t.name for t in jobs),
+                training_data=f"{before}. Then: {training_data or 'not stated'}" if before else training_data,
+                metrics=figures,
             )
             model.save_pretrained(out, include_backbones=include_backbones or settings.finetune)
             if settings.finetune:
@@ -397,7 +437,7 @@ def _validated(model: SketchFusion, validate: Validate | None, path: Path, step:
         return {}
     model.eval()
     with torch.no_grad():
-        figures = validate(model)
+        figures = {name: float(figure) for name, figure in validate(model).items()}
     log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     _Journal(path, step - 1).write({"step": step, **figures})
     return figures
@@ -411,7 +451,8 @@ class _Journal:
         with self._explained():
             lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
             # The last line may be half a line.
-            whole = [line for line in lines[1:] if line.count(",") == lines[0].count(",")]
+            width = [len(fields) for fields in csv.reader(lines)]
+            whole = [line for line, fields in zip(lines[1:], width[1:], strict=True) if fields == width[0]]
             kept = lines[:1] + [line for line in whole if int(line.partition(",")[0]) <= step]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 

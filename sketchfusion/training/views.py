@@ -98,7 +98,8 @@ def draw_view(record: Record, number: int, seed: int) -> View:
     if number == 0:
         return View()
     identity = f"{seed}/{number}/{record.kind}/{record.label}/{record.row}/{record.path.rpartition('/')[2]}"
-    random = np.random.default_rng(int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest()))
+    encoded = identity.encode(errors="surrogateescape")  # a file's name can be any bytes
+    random = np.random.default_rng(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest()))
     mirror = -1.0 if number % 2 else 1.0
     if record.kind == "photo":
         side, angle = random.uniform(0.55, 1.0), random.uniform(-0.1, 0.1)
