@@ -10,7 +10,8 @@ Phases run in order, and can be named one by one: `python examples/train_mini.py
 
     prepare    the tars become arrays on disk
     teacher    an ImageNet network looks at every image once; a small head on it learns where sketches and photos meet
-    semantic   a CLIP vision transformer learns those maps cell by cell, at three depths
+    semantic   a CLIP vision transformer learns those maps cell by cell, at three depths; at last with the teacher
+               beside it, on views mixed from several photos
     vae        an AutoencoderKL learns to reconstruct photos and sketches
     unet       a UNet2DConditionModel learns to predict the noise in that autoencoder's latents: DIR/samples.png
     fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones: DIR/retrieval
@@ -117,8 +118,9 @@ class Stage:
     photos: int  # a step; every second photo also becomes a pseudo-sketch
     sketches: int
     steps: int
-    teacher_side: int = 0  # the teacher looks at the photos' very views, mixed with each other, at this resolution;
-    # 0: its maps of the whole images are cropped as the views are
+    # The teacher looks at the photos' very views, mixed with each other, at this resolution; 0: its maps of the whole
+    # images are cropped as the views are.
+    teacher_side: int = 0
 
 
 # Cycles, in each of which the learning rate rises to its value and falls to nothing.
@@ -158,7 +160,7 @@ class Cycle:
 
 TASKS_CYCLES = (
     Cycle(Settings(steps=240, lr=3e-3, views=2, checkpoint_every=20), 6, 300, 0),
-    Cycle(Settings(steps=180, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
+    Cycle(Settings(steps=130, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
 )
 RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
 TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0, "recognition": 0.5}
@@ -174,10 +176,10 @@ CARDS = {  # what the checkpoints' cards say: task and data
     "retrieval": ("category-level zero-shot sketch-based image retrieval, on backbones made for it", BACKBONES_DATA),
     "mini": (
         "zero-shot sketch-based image retrieval by class and by photo, correspondence, segmentation and recognition",
-        f"{BACKBONES_DATA}. Then, with annotations: all of these photos and sketches of Sketchy, and drawings made of "
-        "8 more photos of each class; 20 sketches of each of these classes of TU-Berlin; two thirds of 203 shoes (a "
-        "photo and three sketches each, four key points), and four fifths of 540 photos of cats, dogs and horses "
-        "from PASCAL VOC with masks; and the 1,000 photos of ImageNet without labels",
+        f"{BACKBONES_DATA}. Then, with annotations: all of these photos of Sketchy, all of these sketches but 52 of "
+        "the four animals, and drawings made of 8 of the photos of each class; 20 sketches of each of these classes of "
+        "TU-Berlin; two thirds of 203 shoes (a photo and three sketches each, four key points), and four fifths of 540 "
+        "photos of cats, dogs and horses from PASCAL VOC with masks; and the 1,000 photos of ImageNet without labels",
     ),
 }
 METRICS = {  # of the card of `mini`, of the row `fused`
@@ -964,12 +966,15 @@ def train_semantic(out: Path, recorder: Recorder) -> None:
     )  # fmt: skip
     parts = {"model": model, "heads": heads, "optimizers": optimizers}
     start = recorder.resume(**parts)
+    matching: Matching | None = None  # from the first stage on that asks for it; those behind it do too
     for step in range(start, int(ends[-1])):
         stage = stages[int(np.searchsorted(ends, step, side="right"))]
         cycle = int(np.searchsorted(np.cumsum(lengths), step, side="right"))
         optimizers.lr, optimizers.steps = SEMANTIC_LRS[cycle], lengths[cycle]
         generator = torch.Generator().manual_seed(SEED + step)
-        loss, figures = semantic_loss(model, heads, arrays, stage, generator)
+        if stage.teacher_side and matching is None:
+            matching = Matching(out / "work", len(arrays.classes))
+        loss, figures = semantic_loss(model, heads, arrays, stage, generator, matching)
         optimizers.step(loss, step - sum(lengths[:cycle]))
         if (step + 1) % LOG_EVERY == 0:
             recorder.note(step=step + 1, side=stage.side, loss=loss.item(), **figures)

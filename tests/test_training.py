@@ -618,11 +618,17 @@ def test_finetuning_reaches_the_backbones_and_is_saved(
 def test_finetuning_leaves_the_modules_that_were_passed_in_alone(
     backbones: dict[str, Path], shapes: DataSet, tmp_path: Path
 ) -> None:
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(backbones["diffusion"], safety_checker=None)
+    folder = backbones["diffusion"]
+    pipe = SimpleNamespace(
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=diffusers.PNDMScheduler.from_pretrained(folder / "scheduler"),
+    )
     vision = transformers.CLIPVisionModel.from_pretrained(backbones["semantic"])
     before = snapshot(pipe.unet), snapshot(vision)
     model = SketchFusion.from_backbones(
-        pipe, vision, dtype="float32", device="cpu", aggregator_width=32, aggregator_grid=12,
+        pipe, vision, dtype="float32", device="cpu", null_prompt=torch.zeros(4, 24), aggregator_width=32,
+        aggregator_grid=12,
         semantic_mean=(0.5, 0.5, 0.5), semantic_std=(0.5, 0.5, 0.5),
     )  # fmt: skip
     train(model, tasks_of("retrieval", shapes, 32), tmp_path, dataclasses.replace(FEW, finetune=True))
