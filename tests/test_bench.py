@@ -126,6 +126,7 @@ def test_the_model_is_left_as_it_was(model: SketchFusion, batch: tuple[torch.Ten
         ({"batch_sizes": [0]}, "batch_sizes"),
         ({"batch_sizes": []}, "batch_sizes"),
         ({"ensembles": [3]}, "ensemble"),
+        ({"ensembles": []}, "ensembles"),
         ({"sizes": [60]}, "size"),
         ({"runs": 0}, "runs"),
         ({"compile": True}, "compile"),

@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Run = Callable[..., Any]
+TRAIN = ["train", "--task", "retrieval", "--data", "folder", "--root", ".", "--out", "out"]
 
 
 @pytest.fixture
@@ -96,6 +97,12 @@ def test_nothing_good_writes_nothing(run: Run, folder: Path) -> None:
         (["encode", "cat.jpg", "--device", "abacus"], "device"),
         (["encode", "cat.jpg", "--model", "no-such-model"], "mini"),
         (["info", "no-such-model"], "mini"),
+        ([*TRAIN, "--sketches-root", "."], "and --sketches-root go together"),
+        ([*TRAIN, "--sketches", "folder", "--sketches-root", "."], "--task segmentation"),
+        ([*TRAIN, "--hidden", "8"], "--task recognition"),
+        (["train", "--task", "recognition", *TRAIN[3:], "--level", "fine"], "--task retrieval"),
+        ([*TRAIN, "--diffusion", "a", "--semantic", "b", "--model", "mini"], "--diffusion"),
+        ([*TRAIN, "--finetune", "--dtype", "bfloat16"], "--dtype"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(run: Run, arguments: list[str], named: str) -> None:
@@ -145,4 +152,4 @@ def test_importing_loads_no_heavy_library(code: str) -> None:
 
 
 def test_blanks_between_names_do_not_matter() -> None:
-    assert cli.listed("semantic, fused ,,x/y") == ["semantic", "fused", "x/y"]
+    assert cli.split_commas("semantic, fused ,,x/y") == ["semantic", "fused", "x/y"]

@@ -318,6 +318,12 @@ def test_recognition_fits_to_one_side_and_tests_on_the_other() -> None:
     assert (result.figures["train"], result.figures["test"], result.figures["acc_1"]) == (60, 300, 0.0)
     assert result.ties is None
     assert "ties" not in result.to_dict()
+    # Of two sketches a class both can fall on the side that is tested on.
+    few = [record(f"s{label}{i}", label) for label in "abcdefghijklmnopqrst" for i in range(2)]
+    extractor = Made(lambda r: angle(ord(str(r.label))))
+    (result,) = recognition(extractor, collection(*few), held_out=0.5)
+    assert result.figures["classes"] < 20
+    assert result.figures["test"] > 0
 
 
 def one_hot(record: Record) -> tuple[list[float], torch.Tensor]:

@@ -110,6 +110,11 @@ def test_a_batch_agrees_with_its_images() -> None:
     torch.testing.assert_close(batch.to_original(batch.to_canvas(points)), points)
 
 
+def test_a_geometry_lies_in_host_memory_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        assert all(field.device.type == "cpu" for field in collate([letterbox(100, 50, 64)]))
+
+
 def test_an_empty_batch_has_a_geometry() -> None:
     empty = collate([])
     assert all(field.shape == (0,) and field.dtype == torch.int64 for field in empty)

@@ -457,3 +457,17 @@ def test_geometry_is_what_points_go_through() -> None:
     geometry = letterbox(100, 50, 64)
     assert isinstance(geometry, Geometry)
     assert geometry.to_original(torch.tensor([[0.5, 0.5]])).tolist() == [[50, 25]]
+
+
+@pytest.mark.parametrize("missing", ["numpy", "no dense map"])
+def test_what_cannot_be_matched_or_searched_says_why(missing: str) -> None:
+    geometry = letterbox(40, 30, 64)
+    whole = Features(pooled=torch.randn(4), dense=torch.randn(4, 8, 8), geometry=geometry)
+    other = whole.numpy() if missing == "numpy" else Features(pooled=whole.pooled, dense=None, geometry=geometry)
+    for run in (
+        lambda: match(whole, other, [[1.0, 1.0]]),
+        lambda: match(other, whole, [[1.0, 1.0]]),
+        lambda: similarity(whole.pooled, other),
+    ):
+        with pytest.raises(SketchFusionError, match="dense=True"):
+            run()

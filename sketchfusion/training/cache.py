@@ -116,12 +116,12 @@ class FrozenCache:
         total = sum(len(shards[s]) for s in mine)
         with tqdm(total=total, desc="cache", unit="view", disable=disable, delay=delay) as bar:
             started = told = time.monotonic()
-            for done, s in enumerate(mine):
+            for done, s in enumerate(mine, 1):
+                self._write(model, shards[s], self._paths[s], seed, batch_size, bar)
                 if bar.disable and time.monotonic() - told > 60:  # a log file has no bar to look at
                     told = time.monotonic()
                     left = (told - started) / done * (len(mine) - done)
                     log.info("cache: %d of %d files, %.0f s left", done, len(mine), left)
-                self._write(model, shards[s], self._paths[s], seed, batch_size, bar)
 
     def _write(self, model: SketchFusion, shard: list[Entry], path: Path, seed: int, batch_size: int, bar: Any) -> None:
         parts: list[Embedded] = []
