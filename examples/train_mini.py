@@ -115,7 +115,7 @@ class Stage:
     """A stretch of the semantic phase at one resolution; most of the steps are cheap ones on small images."""
 
     side: int
-    photos: int  # a step; every second photo also becomes a pseudo-sketch
+    photos: int  # a step; every second one, beside the teacher every third, also becomes a pseudo-sketch
     sketches: int
     steps: int
     # The teacher looks at the photos' very views, mixed with each other, at this resolution; 0: its maps of the whole
@@ -897,16 +897,15 @@ def semantic_loss(
     big, small = views[: len(rows)], views[len(rows) :]
     side = stage.teacher_side or stage.side
     photos = torch.cat([look(arrays.photos[rows], big, side), look(arrays.tiny[tiny], small, side)])
+    if matching is not None:
+        photos = mix(photos[torch.randperm(n, generator=generator)], generator)
+    drawn = pseudo_sketches(photos[::every], generator)
+    photos = jitter_colours(photos, generator)
     if matching is None:
-        drawn = pseudo_sketches(photos[::every], generator)
-        photos = jitter_colours(photos, generator)
         targets = torch.cat([
             look_maps(arrays.photos_targets[rows], big, grid), look_maps(arrays.tiny_targets[tiny], small, grid)
         ])  # fmt: skip
     else:
-        photos = mix(photos[torch.randperm(n, generator=generator)], generator)
-        drawn = pseudo_sketches(photos[::every], generator)
-        photos = jitter_colours(photos, generator)
         targets, names = matching(photos, grid)
         photos, drawn = (
             F.interpolate(p, size=(stage.side, stage.side), mode="bilinear", antialias=True) for p in (photos, drawn)
