@@ -55,6 +55,8 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         print(f"step {step + 1}: loss {loss.item():.4f}, {seconds:.1f} s for {len(views)} images, {peak_memory()}")
 

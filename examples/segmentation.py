@@ -12,7 +12,7 @@ import torch
 from synthetic import draw_shapes, options
 
 from sketchfusion import Features, SketchFusion
-from sketchfusion.data import limited, load, split
+from sketchfusion.data import limited, load, load_common, split
 from sketchfusion.tasks import Sample
 from sketchfusion.tasks.segmentation import Segmentation, mask_iou, pixel_accuracy, predict, similarity
 from sketchfusion.training import Settings, train
@@ -20,7 +20,7 @@ from sketchfusion.training import Settings, train
 args = options(__doc__, data="voc", sketches="tuberlin", sketches_root="", per_class=20, steps=40)
 data = load(args.data, args.root) if args.root else draw_shapes()
 if args.sketches_root:
-    data = replace(data, records=data.photos + load(args.sketches, args.sketches_root, classes=data.classes).sketches)
+    data = replace(data, records=data.photos + load_common(args.sketches, args.sketches_root, data.classes).sketches)
 kept, held_out = (replace(data, records=part) for part in split(limited(data, args.per_class).records, 0.2))
 masks = {photo: torch.from_numpy(photo.read_mask()) for photo in kept.photos + held_out.photos}
 model = SketchFusion.from_pretrained(args.model)

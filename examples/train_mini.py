@@ -129,9 +129,14 @@ SEMANTIC_CYCLES = (
     (Stage(128, 24, 40, 1200), Stage(224, 16, 24, 300)),
     (Stage(128, 48, 42, 4500), Stage(224, 20, 24, 300)),
     (Stage(128, 42, 16, 2100, teacher_side=160), Stage(224, 18, 8, 150, teacher_side=224)),
+    (
+        Stage(128, 42, 16, 1700, teacher_side=160),
+        Stage(176, 30, 12, 500, teacher_side=192),
+        Stage(224, 18, 8, 500, teacher_side=224),
+    ),
 )
 SEMANTIC_DEPTHS = (2, 4, 6)  # after these layers tokens are compared with the teacher's three depths
-SEMANTIC_LRS, SEMANTIC_DECAY, SEMANTIC_WARMUP = (1.5e-3, 1e-3, 1e-3, 1e-3), 0.05, 40
+SEMANTIC_LRS, SEMANTIC_DECAY, SEMANTIC_WARMUP = (1.5e-3, 1e-3, 1e-3, 1e-3, 1e-3), 0.05, 40
 NCE_TEMPERATURE = 0.1
 
 VAE_STEPS, VAE_BATCH, VAE_SIDE, VAE_LR, VAE_KL = 400, 16, 96, 3e-3, 1e-3

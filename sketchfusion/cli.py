@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,8 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger(__package__).setLevel(logging.INFO)  # what is done, and how far it is
     if version:
         print(__version__)
     elif context.invoked_subcommand is None:
@@ -207,13 +210,12 @@ def analyze(
         if out.resolve().is_relative_to(place.resolve()):  # and the next run would take its figures for images
             raise ConfigError("--out", f"{out} lies in {place}", legal="a folder outside of those that are searched")
 
-    from tqdm.auto import tqdm
-
     from . import plots
     from .data import spaced
     from .evaluation import analysis
     from .files import make_folder
     from .model import SketchFusion
+    from .progress import Progress
 
     plots.require_matplotlib()
     paths = {kind: analysis.find_images(place, limit) for kind, place in folders.items()}
@@ -222,9 +224,7 @@ def analyze(
     read: dict[str, list[str]] = {kind: [] for kind in paths}
     options: dict[str, Any] = {"ensemble": ensemble, "batch_size": batch_size}
     streams = {
-        kind: tqdm(
-            readable(found, read[kind], extractor.preprocess), kind, len(found), unit="image", disable=None, delay=2
-        )
+        kind: Progress(kind, "image", len(found), None).over(readable(found, read[kind], extractor.preprocess))
         for kind, found in paths.items()
     }
     result = {"model": model} | analysis.analyze(extractor, streams, **options)
@@ -255,7 +255,9 @@ def train(
     classes: Annotated[
         list[str], typer.Option(help="Of each set, or of all: seen, unseen, all, or a file with a name a line.")
     ] = ["all"],  # noqa: B006
-    part: Annotated[str | None, typer.Option(help="train, valid or test, where the sets have parts.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Of each set, or of all: train, valid or test, where it has parts; all.")
+    ] = None,
     held_out: Annotated[
         list[str], typer.Option(help="To validate on: a share of each set, or classes: unseen, or a file.")
     ] = ["0.1"],  # noqa: B006
@@ -282,7 +284,9 @@ def train(
     warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.03,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
     accumulate: Annotated[int, typer.Option(help="Batches an optimiser step.")] = 1,
-    views: Annotated[int, typer.Option(help="Views per image; 1: only the image as it is.")] = 4,
+    views: Annotated[
+        int, typer.Option(help="Views per image in --cache, without which each look is another; 1: the image as it is.")
+    ] = 4,
     cache: Annotated[Path | None, typer.Option(help="Keep latents and tokens of all views in this folder.")] = None,
     without: Annotated[list[str] | None, typer.Option(help="Ablation: adapters or mixing stay as they begin.")] = None,
     gradient_checkpointing: Annotated[
@@ -301,18 +305,18 @@ def train(
 
     For several GPUs: accelerate launch -m sketchfusion train …
     """
-    import logging
     from functools import partial
 
     import torch
     from accelerate import PartialState
 
-    from .data import load
+    from .data import DataSet, load, load_common
     from .loading import resolve_device
     from .model import SketchFusion
+    from .tasks.retrieval import LEVELS, LOSSES
     from .training import Settings
     from .training import train as run
-    from .training.jobs import make_job, make_jobs
+    from .training.jobs import TASKS, make_job, make_jobs
 
     def of_each(name: str, given: list[Any]) -> list[Any]:
         if len(given) not in (1, len(task)):
@@ -322,9 +326,14 @@ def train(
         return given * (len(task) // len(given))
 
     sets = list(zip(of_each("--data", data), of_each("--root", root), strict=True))
-    chosen, apart_of, levels = (
+    chosen, parts, apart_of, levels = (
         of_each(name, given)
-        for name, given in (("--classes", classes), ("--held-out", held_out), ("--level", level or ["category"]))
+        for name, given in (
+            ("--classes", classes),
+            ("--part", [None if one == "all" else one for one in part or ["all"]]),
+            ("--held-out", held_out),
+            ("--level", level or ["category"]),
+        )
     )
     for name, given, owner in (
         ("--level", level, "retrieval"),
@@ -334,27 +343,36 @@ def train(
     ):
         if given is not None and owner not in task:
             raise ConfigError(name, f"says something about {owner}", legal=f"with --task {owner}")
+    spelled = ("--task", task, TASKS), ("--level", levels, LEVELS), ("--loss", [loss or LOSSES[0]], LOSSES)
+    for name, named, legal in spelled:
+        for one in named:
+            if one not in legal:
+                raise ConfigError(name, f"is {one!r}", legal=", ".join(legal))
     together("sketches", sketches, "sketches-root", sketches_root)
     together("diffusion", diffusion, "semantic", semantic)
     if diffusion is not None and model is not None:
         raise ConfigError("--model", "and --diffusion each name what to begin with", legal="one of them")
     if finetune and dtype not in ("auto", "float32"):
         raise ConfigError("--dtype", f"is {dtype}", legal="float32 with --finetune, or not given")
+    if finetune and cache is not None:
+        raise ConfigError("--cache", "keeps what --finetune trains", legal="one of them")
     settings = Settings(
         steps=steps, lr=lr, mixing_lr_scale=mixing_lr_scale, weight_decay=weight_decay, warmup=warmup, clip=clip,
         accumulate=accumulate, views=views, seed=seed, checkpoint_every=checkpoint_every,
         validate_every=validate_every, without=tuple(without or ()), gradient_checkpointing=gradient_checkpointing,
         finetune=finetune,
     )  # fmt: skip
-    loaded = [load(*where, classes=names, part=part) for where, names in zip(sets, chosen, strict=True)]
+    loaded = [load(*where, classes=names, part=one) for where, names, one in zip(sets, chosen, parts, strict=True)]
     apart: list[Any] = [
-        float(names) if is_number(names) else load(*where, classes=names, part=part)
-        for where, names in zip(sets, apart_of, strict=True)
+        float(names) if is_number(names) else load(*where, classes=names, part=one)
+        for where, names, one in zip(sets, apart_of, parts, strict=True)
     ]
-    drawn = None if sketches is None or sketches_root is None else load(sketches, sketches_root, classes="all")
+    drawn = None
+    if sketches is not None and sketches_root is not None:
+        masked = [i for i, name in enumerate(task) if name == "segmentation"]
+        photos = [part for i in masked for part in (loaded[i], apart[i]) if isinstance(part, DataSet)]
+        drawn = load_common(sketches, sketches_root, sorted({label for part in photos for label in part.classes}))
 
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("sketchfusion").setLevel(logging.INFO)
     where = resolve_device(device)
     # float16 would need its gradients scaled; bfloat16 does not.
     kind = "float32" if finetune else "bfloat16" if dtype == "auto" and where.type == "cuda" else dtype

@@ -101,15 +101,13 @@ class Graphs:
             inputs: on the device or in host memory, and not written to before the stream has read them.
         """
         with _lock, torch.cuda.device(device):
-            captured = self._find(key, function, inputs, device)
-            if captured is not None:
-                return self._replay(captured, inputs, device)
-        return function(*(value.to(device, non_blocking=True) for value in inputs))
+            outputs = self._run(key, function, inputs, device)
+        return function(*(value.to(device, non_blocking=True) for value in inputs)) if outputs is None else outputs
 
-    def _find(
+    def _run(
         self, key: Hashable, function: Function, inputs: Sequence[Tensor], device: torch.device
-    ) -> Captured | None:
-        """The graph of a key, captured if it is time to; None where the function has to run as it is written."""
+    ) -> tuple[Tensor, ...] | None:
+        """From the graph, captured if it is time to; None where the function has to run as it is written."""
         if key in self._refused or self._broken is not None:
             return None
         if key not in self._known:
@@ -117,23 +115,28 @@ class Graphs:
             self._drop(len(self._known) - LIMIT)
             return None
         self._known.move_to_end(key)
-        if self._known[key] is None:
-            try:
-                self._known[key] = self._capture(function, inputs, device)
-            except RuntimeError as error:
-                log.warning("runs without a CUDA graph: %s", error)
-                self._refused.add(key)
-                del self._known[key]
-                if not isinstance(error, NotCapturable):
-                    self._drop(len(self._known))  # their memory may be what was missing
-                return None
-        return self._known[key]
+        captured = self._known[key]
+        if captured is not None:
+            return self._replay(captured, inputs, device)
+        try:
+            self._known[key], outputs = self._capture(function, inputs, device)
+        except RuntimeError as error:
+            log.warning("runs without a CUDA graph: %s", error)
+            self._refused.add(key)
+            del self._known[key]
+            if not isinstance(error, NotCapturable):
+                self._drop(len(self._known))  # their memory may be what was missing
+            return None
+        return outputs
 
-    def _capture(self, function: Function, inputs: Sequence[Tensor], device: torch.device) -> Captured:
+    def _capture(
+        self, function: Function, inputs: Sequence[Tensor], device: torch.device
+    ) -> tuple[Captured, tuple[Tensor, ...]]:
+        """The graph, which computes nothing yet, and what the function returns for these inputs."""
         held = [value.to(device, copy=True) for value in inputs]
         # In this thread: its libraries' handles are not made inside of the capture.
         with torch.compiler.set_stance("force_eager"), OnDevice(device):
-            function(*held)
+            answer = function(*held)
         if self._place is None:
             self._place = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         stream, pool = self._place
@@ -151,7 +154,7 @@ class Graphs:
         except RuntimeError:
             self._broken = graph  # which torch's allocator still knows
             raise
-        return Captured(graph, held, outputs)
+        return Captured(graph, held, outputs), answer
 
     def _replay(self, captured: Captured, inputs: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
         stream = torch.cuda.current_stream(device)

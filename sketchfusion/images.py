@@ -428,7 +428,10 @@ def _on_white(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     image = image.convert("RGB")
-    return image.transpose(turn) if turn is not None else image
+    if turn is not None:
+        image = image.transpose(turn)
+    image.info = {}  # its orientation among it, which would turn the image again where it is opened twice
+    return image
 
 
 _TURNS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Collection
@@ -131,14 +132,12 @@ def default_config(networks: Networks, settings: dict[str, Any]) -> Config:
     # What is not known was given, and is put in and checked with the other settings below.
     semantic = BackboneConfig("", None, native or vision.config.patch_size, *(published or (half, half)))
     width = settings.get("aggregator_width", Config.aggregator_width)
-    groups = unet.config.norm_num_groups
     base = Config(
         diffusion=recorded(diffusion, networks.origins["diffusion"], MARKERS["diffusion"]),
         semantic=recorded(semantic, networks.origins["semantic"], MARKERS["semantic"]),
     ).to_dict()
-    if isinstance(width, int) and width // 4 % groups:
-        groups = 4
-    base["aggregator_groups"] = groups
+    if isinstance(width, int) and width >= 4:  # what else it may be is refused below
+        base["aggregator_groups"] = math.gcd(width // 4, unet.config.norm_num_groups)
     for key in sees:
         if key in settings:
             name, _, inner = key.partition("_")

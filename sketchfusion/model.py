@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import card
 from .backbones import diffusion as diffusion_backbone
@@ -47,6 +46,7 @@ from .loading import (
     resolve_device,
     resolve_dtype,
 )
+from .progress import Progress
 
 WEIGHTS = "model.safetensors"
 REPLACEABLE = ("task", "training_data", "metrics", "license", "ensemble")  # of a built model's configuration
@@ -424,12 +424,10 @@ class SketchFusion(nn.Module):
             """What the batches give, but for the last `left`, which the device goes on with meanwhile."""
             while len(running) > left:
                 features = running.popleft()()
-                bar.update(len(features))
+                bar.advance(len(features))
                 yield features
 
-        # By default only where somebody looks (tqdm's None), and only if it takes a while.
-        disable, delay = (None, 2) if progress is None else (not progress, 0)
-        with tqdm(total=total, desc="encode", unit="image", disable=disable, delay=delay) as bar:
+        with Progress("encode", "image", total, progress) as bar:
             for index, prepared in enumerate(read_ahead(images, options.preprocess, limit, listed=listed)):
                 try:
                     pending.append(prepared.result())
@@ -616,12 +614,16 @@ class SketchFusion(nn.Module):
         room = max(1, (rows or self.default_batch_size) // max(1, len(latents)))
         together = max(k for k in range(1, min(members, room) + 1) if members % k == 0)
         hooks = {} if tokens is None else self.adapters(tokens, copies=together)
+
+        def tapped(chunk: range) -> dict[str, Tensor]:
+            noised = torch.cat([self.diffusion.add_noise(latents, member) for member in chunk])
+            return self.diffusion(noised, hooks, inject_skips=self.config.inject_skips)
+
+        if members == 1:  # nothing to average
+            return tapped(range(1))
         maps: dict[str, Tensor] = {}
         for first in range(0, members, together):
-            chunk = range(first, first + together)
-            noised = torch.cat([self.diffusion.add_noise(latents, member) for member in chunk])
-            tapped = self.diffusion(noised, hooks, inject_skips=self.config.inject_skips)
-            for tap, found in tapped.items():
+            for tap, found in tapped(range(first, first + together)).items():
                 # Summed in float32: thirty-two terms would cost half precision a digit.
                 total = found.float().unflatten(0, (together, len(latents))).sum(0) / members
                 maps[tap] = maps.get(tap, 0) + total

@@ -35,7 +35,7 @@ def require_matplotlib() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SketchFusionError("drawing needs matplotlib: pip install matplotlib") from None
+        raise SketchFusionError("drawing needs matplotlib, the extra plots: pip install matplotlib") from None
     return Figure
 
 

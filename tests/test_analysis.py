@@ -478,7 +478,9 @@ def test_without_matplotlib_one_line_names_the_extra(run: Run, tree: Path, monke
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run("analyze", "sketches", "--out", "out", "--model", "model")
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["sketchfusion: drawing needs matplotlib: pip install matplotlib"]
+    assert done.stderr.splitlines() == [
+        "sketchfusion: drawing needs matplotlib, the extra plots: pip install matplotlib"
+    ]
     assert not (tree / "out").exists()
 
 

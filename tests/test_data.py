@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
-from sketchfusion.data import NAMES, DataError, DataSet, Record, class_names, load, quickdraw, split
+from sketchfusion.data import NAMES, DataError, DataSet, Record, class_names, load, load_common, quickdraw, split
 from sketchfusion.errors import ConfigError, ImageError
 from sketchfusion.strokes import Strokes
 
@@ -194,6 +194,27 @@ def test_tuberlin(tmp_path: Path) -> None:
     assert load("tuberlin", tmp_path, classes="unseen").split == (
         "TU-Berlin 220/30, unseen (1 of 30 classes found), with the extended photos"
     )
+
+
+def test_the_users_own_spelling_of_a_class_is_the_one_that_counts(tmp_path: Path) -> None:
+    write(tmp_path, "png/hot_air_balloon/1.png", "ImageResized/hot-air-balloon/a.jpg")
+    found = load("tuberlin", tmp_path)
+    assert [record.label for record in found.records] == ["hot_air_balloon"] * 2
+
+
+def test_classes_that_two_sets_have_in_common(tmp_path: Path) -> None:
+    """Whatever their spelling, and under the names of the first; numbers and other scripts are told apart."""
+    photos = load("sketchy", write_sketchy(tmp_path / "sketchy", ("cat", "hot-air_balloon", "teapot")))
+    root = write_tuberlin(tmp_path / "tuberlin")
+    write(root, "png/hot air balloon/3.png")
+    found = load_common("tuberlin", root, photos.classes)
+    assert found.classes == ("cat", "hot-air_balloon")
+    assert [record.label for record in found.records] == ["cat", "cat", "hot-air_balloon"]
+    assert found.split == "TU-Berlin, 2 of 3 classes"
+    with pytest.raises(DataError, match="no class has the name of one of teapot"):
+        load_common("tuberlin", root, ["teapot"])
+    own = write(tmp_path / "own", *(f"sketch/{name}/1.png" for name in ("1", "2", "猫", "犬", "+")))
+    assert load_common("folder", own, ["2", "犬", "-"]).classes == ("2", "犬")
 
 
 def test_quickdraw_strokes_are_opened_where_their_line_begins(tmp_path: Path) -> None:

@@ -59,10 +59,11 @@ class Stream:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """Graphs on the CPU, with a stand-in for what only CUDA does."""
 
-    def capture(self: Graphs, function: Any, inputs: Any, device: torch.device) -> Captured:
-        held = [torch.zeros_like(value) for value in inputs]
+    def capture(self: Graphs, function: Any, inputs: Any, device: torch.device) -> tuple[Captured, Any]:
+        held = [value.clone() for value in inputs]
         outputs = function(*held)
-        return Captured(Replayed(function, held, outputs), held, outputs)  # type: ignore[arg-type]
+        replayed: Any = Replayed(function, held, outputs)
+        return Captured(replayed, held, outputs), tuple(output.clone() for output in outputs)
 
     monkeypatch.setattr(Graphs, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

@@ -364,8 +364,11 @@ def test_exif_orientation_is_honoured(kind: str, orientation: int) -> None:
         stored = stored.transpose(Image.Transpose[undo[back[orientation]]])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    found = open_image(Image.open(io.BytesIO(encoded(stored, kind, exif=exif))))
+    opened = Image.open(io.BytesIO(encoded(stored, kind, exif=exif)))
+    found = open_image(opened)
     assert found.size == (64, 32)
+    assert open_image(found).tobytes() == found.tobytes()  # turned once
+    assert open_image(opened).tobytes() == found.tobytes()  # and the caller's is as it was
     assert np.abs(np.asarray(found).astype(int) - upright)[4:12, 4:28].max() < 30
     assert np.asarray(found)[20:, 36:].max() < 30
 

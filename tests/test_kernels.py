@@ -169,8 +169,8 @@ def test_group_norm_far_from_zero(chunks: int) -> None:
     weight, bias = torch.ones(2, device=DEVICE), torch.zeros(2, device=DEVICE)
     with patch.object(group_norm, "CHUNKS", chunks):
         found = norm(weight, bias, 1, silu=False)(x)
-    # The mean itself is rounded to 1e-3.
-    assert_rounded_once(found, norm(weight, bias, 1, silu=False, double=True)(x), 2e-3)
+    # The mean itself is rounded to 1e-3, and what a GPU divides by a little more.
+    assert_rounded_once(found, norm(weight, bias, 1, silu=False, double=True)(x), 4e-3)
 
 
 @runs_kernels

@@ -480,6 +480,13 @@ def test_float16_on_a_cpu_warns(backbones: dict[str, Path]) -> None:
         SketchFusion.from_backbones(**backbones, device="cpu", dtype="float16", aggregator_width=32)
 
 
+@pytest.mark.parametrize(("width", "groups"), [(32, 4), (24, 2), (20, 1)])
+def test_any_width_of_the_aggregator_has_groups(backbones: dict[str, Path], width: int, groups: int) -> None:
+    """As many as the UNet's norms have, or as divide its inner width, a quarter of it."""
+    model = SketchFusion.from_backbones(**backbones, device="cpu", dtype="float32", aggregator_width=width)
+    assert model.config.aggregator_groups == groups
+
+
 def test_what_never_runs_is_gone(model: SketchFusion) -> None:
     names = [name for name, _ in model.diffusion.named_parameters()]
     assert not [name for name in names if "decoder" in name or "post_quant" in name]

@@ -446,6 +446,16 @@ class TestSegmentation:
         assert cost(right)["mask"] < 0.2 * cost(swapped)["mask"]
         assert cost(right)["others"] < 0.2 * cost(swapped)["others"]
 
+    def test_what_a_photo_shows_is_not_to_be_missed_in_it(self) -> None:
+        """A cat and a dog on one photo are two records of it, each with its own mask."""
+        mask, (photo, _) = torch.ones(20, 40, dtype=torch.bool), half_and_half()
+        records = tuple(Record("1", "photo", label, mask="m") for label in "ab")
+        task = Segmentation(DataSet("voc", ("a", "b"), records, ""), drawn_set(), pairs=1)
+        samples = [Sample(records[0], {}, mask), Sample(records[1], {}, mask)]
+        samples += [Sample(Record("s", "sketch", label), {}, None) for label in "ab"]
+        features = Features(torch.ones(4, 3), torch.ones(4, 3, 16, 16), collate([photo.geometry] * 4))
+        assert task.loss(features, samples)[1]["others"] == 0
+
     def test_no_class_in_common(self) -> None:
         photos = DataSet("voc", ("z",), (Record("1", "photo", "z", mask="m"),), "all")
         with pytest.raises(SketchFusionError, match="under the same name"):

@@ -22,8 +22,9 @@ import pytest
 import torch
 import transformers
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
-from sketchfusion import ConfigError, ImageError, LoadError, SketchFusion, SketchFusionError, cli
+from sketchfusion import ConfigError, ImageError, LoadError, SketchFusion, SketchFusionError, cli, progress
 from sketchfusion.data import DataSet, Record
 from sketchfusion.evaluation import protocols
 from sketchfusion.images import Preprocess
@@ -33,9 +34,9 @@ from sketchfusion.tasks.correspondence import Correspondence
 from sketchfusion.tasks.recognition import Recognition
 from sketchfusion.tasks.retrieval import Retrieval
 from sketchfusion.tasks.segmentation import Segmentation
-from sketchfusion.training import Settings, cache, loop, train
+from sketchfusion.training import Settings, cache, train
 from sketchfusion.training.cache import SHARD, Entry, FrozenCache, backbones_key, pixels_of
-from sketchfusion.training.checkpoints import STATE, load_head
+from sketchfusion.training.checkpoints import HEAD, STATE, load_head
 from sketchfusion.training.jobs import Apart, make_job, make_jobs
 from sketchfusion.training.loop import _look_at, fingerprint
 from sketchfusion.training.views import View, draw_view, look
@@ -261,8 +262,12 @@ def test_a_head_comes_back(untrained: SketchFusion, shapes: DataSet, tmp_path: P
     pooled = torch.randn(3, 32)
     assert classes == task.classes == tuple(sorted(SHAPES))
     assert torch.equal(head(pooled), task.head(pooled))
-    with pytest.raises(LoadError, match="no head"):
-        load_head(tmp_path / "cache")
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file({"x": torch.ones(2)}, other / HEAD, metadata={"classes": "[]"})
+    for folder in (tmp_path / "cache", other):
+        with pytest.raises(LoadError, match="no head"):
+            load_head(folder)
 
 
 class TestGoingOn:
@@ -539,6 +544,8 @@ class TestViews:
         record = Record("x", "photo", "x", points=(("corner", 0.5, 0.5), ("middle", 50.0, 50.0)))
         crop = View((0.5, 0, 0.25, 0, 0.5, 0.25))
         assert crop.points(record, 100, 100) == {"middle": (50.0, 50.0)}
+        beside = dataclasses.replace(record, points=(("beside", 100.4, 50.0), ("edge", 100.0, 0.0)))
+        assert View().points(beside, 100, 100) == {"edge": (100.0, 0.0)}
 
 
 class TestSettings:
@@ -667,19 +674,25 @@ def test_without_a_terminal_lines_say_what_is_left(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     minutes = itertools.count(0, 100)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(minutes)))
-    with caplog.at_level("INFO"):
-        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW, progress=False)
-    lines = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
-    assert lines[0].startswith(f"step 1 of {FEW.steps}, loss ")
-    assert lines[-1].endswith(" 0 s left")
-    caplog.clear()
-    monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=lambda: next(minutes)))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(minutes)))
     monkeypatch.setattr(cache, "SHARD", 4)
     with caplog.at_level("INFO"):
-        FrozenCache(untrained, shapes.records[:12], 1, tmp_path / "cache", seed=0, progress=False)
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
     lines = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
-    assert lines == [f"cache: {done} of 3 files, {left} s left" for done, left in ((1, 400), (2, 200), (3, 0))]
+    assert lines[0].startswith(f"train: step 1 of {FEW.steps}, loss ")
+    assert lines[-1].endswith(" 0 s left")
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        FrozenCache(untrained, shapes.records[:12], 1, tmp_path / "cache", seed=0)
+    lines = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
+    assert lines[0].startswith("cache: view 4 of 12, ")
+    assert lines[-1] == "cache: view 12 of 12, 0 s left"
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        untrained.encode(iter([shapes.records[0].path] * 2), batch_size=1)
+        untrained.encode([shapes.records[0].path] * 2, batch_size=1, progress=False)
+    lines = [record.getMessage() for record in caplog.records if record.name == progress.__name__]
+    assert lines == ["encode: image 1", "encode: image 2"]
 
 
 def test_runs_of_two_dtypes_in_one_process(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
@@ -713,8 +726,8 @@ class TestJobs:
         assert figures
         assert all(0 <= value <= 1 for value in figures.values())
         assert all("held out" in key for key in figures)
-        seen = {record.path for record in job.task.records}
-        assert len(seen) < len(shapes.records)
+        assert job.apart.images
+        assert not job.apart.images & Apart.of(job.task.records).images
 
     def test_retrieval_keeps_whole_classes_apart(self, model: SketchFusion, shapes: DataSet) -> None:
         job = make_job("retrieval", shapes, model, held_out=0.34, images=8)
@@ -731,6 +744,34 @@ class TestJobs:
         assert len({record.label for record in job.task.records}) == 10 - max(2, round(share * 10))
         one = make_job("retrieval", data, model, held_out=0.1, images=8, level="fine")
         assert len({record.label for record in one.task.records}) == 9  # whose other photos are wrong
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_of_few_classes_photos_are_kept_apart_at_the_fine_level(
+        self, count: int, model: SketchFusion, shapes: DataSet
+    ) -> None:
+        """A set of one category, shoes, is made for it."""
+        data = shapes.of_classes(shapes.classes[:count], "few")
+        job = make_job("retrieval", data, model, held_out=0.4, images=8, level="fine")
+        photos = {record.photo for record in job.task.records}
+        assert {record.label for record in job.task.records} == set(data.classes)
+        assert photos < {record.photo for record in data.photos}
+        assert job.validate(model)
+        batch = job.task.batch(np.random.default_rng(0))
+        assert len({record.photo for record in batch}) == len(batch) // 2 > 1
+        gone = [record for record in data.records if record.photo not in photos]
+        held_out = dataclasses.replace(data, records=tuple(gone), split="some photos")
+        assert {record.photo for record in make_job(
+            "retrieval", data, model, held_out=held_out, images=8, level="fine"
+        ).task.records} == photos  # fmt: skip
+
+    def test_names_of_digits_are_told_apart(self, model: SketchFusion, shapes: DataSet) -> None:
+        names = {name: str(i) for i, name in enumerate(shapes.classes)}
+        records = tuple(dataclasses.replace(r, label=names[str(r.label)]) for r in shapes.records)
+        data = DataSet("shapes", tuple(sorted(names.values())), records, "numbered")
+        plans = [partial(make_job, name, data, model, held_out=0.3, images=8) for name in ("retrieval", "recognition")]
+        search, name = make_jobs(plans)
+        assert {r.label for r in name.task.records} == {r.label for r in search.task.records}
+        assert len(search.apart.classes) == 2
 
     def test_segmentation_is_validated_with_sketches_it_did_not_see(
         self, model: SketchFusion, shapes: DataSet, monkeypatch: pytest.MonkeyPatch
@@ -903,7 +944,8 @@ class TestCommandLine:
     def command(self, sketchy: Path, out: Path, *more: str) -> list[str]:
         return [
             sys.executable, "-m", "sketchfusion", "train", "--task", "retrieval", "--data", "sketchy",
-            "--root", str(sketchy), "--out", str(out), "--held-out", "0.34", "--images", "8", "--views", "2", *more,
+            "--root", str(sketchy), "--out", str(out), "--held-out", "0.34", "--images", "8", "--views", "2",
+            "--device", "cpu", *more,
         ]  # fmt: skip
 
     def test_killed_and_started_again(
@@ -937,7 +979,7 @@ class TestCommandLine:
 
     def test_two_processes_are_one_run(self, model: SketchFusion, sketchy: Path, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "start")
-        more = ["--model", str(tmp_path / "start"), "--steps", "3", "--device", "cpu", "--json"]
+        more = ["--model", str(tmp_path / "start"), "--steps", "3", "--json"]
         alone = self.command(sketchy, tmp_path / "out", *more)
         several = [alone[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *alone[1:]]
         done = subprocess.run(
@@ -956,7 +998,7 @@ class TestCommandLine:
         with pytest.raises(SketchFusionError, match="of 1 classes"):
             cli.train(
                 task=["retrieval", "retrieval"], data=["sketchy"], root=[sketchy], out=tmp_path / "out",
-                classes=["all", str(some)], held_out=["0.34"], level=["category", "fine"], steps=1, device="cpu",
+                classes=["all", str(some)], held_out=["0.34"], level=["fine", "category"], steps=1, device="cpu",
             )  # fmt: skip
 
     @pytest.mark.parametrize(
@@ -965,6 +1007,11 @@ class TestCommandLine:
             (["--task", "recognition", "--task", "segmentation", "--data", "shoes"], "--data: is given 2 times"),
             (["--classes", "seen", "--classes", "all"], "--classes: is given 2 times"),
             (["--part", "test"], "part"),
+            (["--part", "all", "--part", "all"], "--part: is given 2 times"),
+            (["--task", "detection"], "--task: is 'detection'"),
+            (["--level", "finest"], "--level: is 'finest'"),
+            (["--loss", "hinge"], "--loss: is 'hinge'"),
+            (["--finetune", "--cache", "cache"], "--cache: keeps what"),
             (["--steps", "0"], "steps: is 0"),
             (["--weight-decay", "-1"], "weight_decay"),
             (["--seed", "-1"], "seed: is -1"),

@@ -43,7 +43,11 @@ class Frozen(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.moves = next(_moves)
-        return super()._apply(fn, recurse)
+        mean, std = self.mean, self.std
+        super()._apply(fn, recurse)
+        # Pixels come in float32, and are rounded when they are normalised: another dtype is the network's alone.
+        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)

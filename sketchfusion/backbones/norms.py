@@ -1,4 +1,4 @@
-"""The resnets and group norms of the frozen VAE and UNet, with each norm and its SiLU as one fused kernel."""
+"""The resnets, transformers and group norms of the frozen VAE and UNet: fewer passes over memory, channels-last."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ class GroupNorm(nn.GroupNorm):
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
 
 
+class Transformer(Transformer2DModel):
+    """diffusers' transformer at the end of a resnet, whose maps stay channels-last, as its neighbours' are."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        maps = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+        if not self.use_linear_projection:
+            maps = self.proj_out(maps)
+        return maps + residual
+
+
 class Resnet(nn.Module):
     """diffusers' `ResnetBlock2D` with fewer passes over memory: each norm with its SiLU, the sum in place.
 
@@ -52,13 +66,14 @@ class Resnet(nn.Module):
 
 
 def fuse(network: nn.Module) -> None:
-    """Put `Resnet` and `GroupNorm` in the places of diffusers' in a VAE encoder or UNet."""
+    """Put `Resnet`, `Transformer` and `GroupNorm` in the places of diffusers' in a VAE encoder or UNet."""
     for parent in list(network.modules()):
         for name, part in parent.named_children():
             if isinstance(part, ResnetBlock2D) and _is_plain(part):
                 setattr(parent, name, Resnet(part))
         if isinstance(parent, Transformer2DModel):
             parent.norm = GroupNorm.of(parent.norm, silu=False)
+            parent.__class__ = Transformer
         elif isinstance(parent, Encoder):
             parent.conv_norm_out = GroupNorm.of(parent.conv_norm_out, silu=True)
             parent.conv_act = nn.Identity()  # type: ignore[assignment]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
 from ..errors import ConfigError
 from . import folder, psc6k, quickdraw, shoes, sketchy, tuberlin, voc
-from .layout import class_names
+from .layout import Among, class_names, letters
 from .records import DataError, DataSet, Record
 from .splits import limited, spaced, split
 
@@ -26,7 +27,9 @@ LOADERS = {
     "shoes": shoes,
 }
 NAMES = tuple(LOADERS)
-__all__ = ["NAMES", "DataError", "DataSet", "Record", "class_names", "limited", "load", "spaced", "split"]
+__all__ = [
+    "NAMES", "DataError", "DataSet", "Record", "class_names", "limited", "load", "load_common", "spaced", "split",
+]  # fmt: skip
 
 
 def load(
@@ -66,3 +69,23 @@ def load(
         return loader.scan(Path(root), classes, part)
     except OSError as error:
         raise published.error(Path(root), f"cannot be read: {error}") from None
+
+
+def load_common(name: str, root: str | os.PathLike, classes: Sequence[str]) -> DataSet:
+    """The classes of a set that another set has too, under the names that they have there.
+
+    Names are compared by their letters: Sketchy's `hot-air_balloon` is TU-Berlin's `hot air balloon`.
+
+    Args:
+        name, root: as for `load`.
+        classes: the other set's.
+
+    Raises:
+        DataError: as `load`; also where there is no such class.
+        ConfigError, ImageError: as `load`.
+    """
+    found = load(name, root, classes=Among(classes))
+    spelled = {letters(label): label for label in classes}
+    records = (replace(record, label=spelled[letters(str(record.label))]) for record in found.records)
+    labels = sorted({spelled[letters(label)] for label in found.classes})
+    return replace(found, classes=tuple(labels), records=tuple(sorted(records, key=lambda record: str(record.label))))

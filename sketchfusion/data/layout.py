@@ -20,7 +20,7 @@ Classes = str | os.PathLike | Sequence[str]
 
 
 class Among(tuple[str, ...]):
-    """Class names, of which those that are there are taken: what another set has."""
+    """Class names, however spelled, of which those that are there are taken: what another set has."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class Published:
                 words += f" ({there} of {len(wanted)} classes found)"
             return tuple(sorted(chosen)), words
         if isinstance(classes, Among):
-            common = tuple(sorted({*present} & {*classes}))
+            theirs = {letters(name) for name in classes}
+            common = tuple(sorted(name for name in present if letters(name) in theirs))
             if not common:
                 raise self.error(
                     root, f"no class has the name of one of {listed(classes)}, only {listed(sorted(present))}"
@@ -159,14 +160,15 @@ def folders(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def letters(name: str) -> str:
-    """What two sets' spellings of a class have in common: hot-air_balloon, hot air balloon."""
-    return re.sub("[^a-z]", "", name.lower())
+    """What two sets' spellings of a class have in common, letters and digits: hot-air_balloon, hot air balloon."""
+    return re.sub(r"[\W_]", "", name.casefold()) or name
 
 
 def respelled(names: Iterable[str], official: Iterable[str], others: Mapping[str, str]) -> dict[str, str]:
     """Folders that spell a set's classes in other ways -> {class: folder}; folders of no class are left out.
 
-    Compared by their letters; `others` gives, in small letters, what differs in those too.
+    Compared by their letters, the last spelling of a class counts; `others` gives, in small letters, what differs in
+    those too.
     """
 
     spelled = {letters(name): name for name in official}

@@ -37,7 +37,7 @@ def scan(root: Path, classes: Classes, part: str | None) -> DataSet:
     PUBLISHED.check(root, lambda folder: bool(_drawn(folder)[1]))
     kind, files = _drawn(root)
     chosen, words = PUBLISHED.choose(root, files, classes)
-    photos = respelled(folders(root / PHOTOS), {*class_names("quickdraw-all"), *files}, SPELLED)
+    photos = respelled(folders(root / PHOTOS), (*class_names("quickdraw-all"), *files), SPELLED)
     if part is not None and kind == DRAWINGS:
         raise PUBLISHED.error(root, f"parts are of {STROKES} and {BITMAPS}, which are not there")
     first, last = PARTS[part] if part is not None else (0, None)

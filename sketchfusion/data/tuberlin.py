@@ -34,7 +34,7 @@ def scan(root: Path, classes: Classes, part: None) -> DataSet:
     PUBLISHED.check(root, lambda folder: bool(folders(folder / "png")))
     labels = folders(root / "png")
     chosen, words = PUBLISHED.choose(root, labels, classes)
-    photos = respelled(folders(root / EXTENDED), {*class_names("tuberlin-all"), *labels}, SPELLED)
+    photos = respelled(folders(root / EXTENDED), (*class_names("tuberlin-all"), *labels), SPELLED)
     records: list[Record] = []
     for label in chosen:
         if label in photos:

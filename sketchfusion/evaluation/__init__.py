@@ -7,8 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..data import DataSet, limited, load
-from ..data.layout import Among
+from ..data import DataSet, limited, load, load_common
 from ..errors import ConfigError
 from ..loading import PathLike
 from ..model import SketchFusion
@@ -76,18 +75,22 @@ def evaluate(
     if "sketches" in legal and "sketches" not in settings:
         raise ConfigError("sketches", f"are missing: {task} looks for what they show", legal="a set and its root")
 
-    def found(name: str, root: PathLike, classes: Any, part: str | None = None) -> DataSet:
-        loaded = load(name, root, classes=classes, part=part)
+    tested = "test" in settings or part in ("valid", "test")
+    if task == "recognition" and tested and "held_out" in settings:
+        raise ConfigError("held_out", "is a share of what is fitted to, and there is a test set", legal="one of them")
+
+    def some(loaded: DataSet) -> DataSet:
         return loaded if limit is None else limited(loaded, limit)
 
     if task == "recognition" and part in ("valid", "test"):
-        settings["test"], part = found(data, settings.get("test", root), classes, part), "train"
+        settings["test"] = some(load(data, settings.get("test", root), classes=classes, part=part))
+        part = "train"
     elif "test" in settings:
-        settings["test"] = found(data, settings["test"], classes, part)
-    chosen = found(data, root, classes, part)
+        settings["test"] = some(load(data, settings["test"], classes=classes, part=part))
+    chosen = some(load(data, root, classes=classes, part=part))
     for name in {"photos", "sketches"} & settings.keys():
         other, place = settings[name]
-        settings[name] = found(other, place, Among(chosen.classes))
+        settings[name] = some(load_common(other, place, chosen.classes))
         common = settings[name].classes
         if len(common) < len(chosen.classes):
             chosen = chosen.of_classes(common, f"{len(common)} of its {len(chosen.classes)} classes")

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profile_run
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ..backbones.published import CLIP_L14_336, SD21_UNET, SD_SCHEDULER, SD_VAE
@@ -29,6 +28,7 @@ from ..errors import ConfigError, SketchFusionError
 from ..images import Geometry, Preprocess, collate
 from ..loading import PathLike
 from ..model import SketchFusion
+from ..progress import Progress
 from .peers import DIFT_ENSEMBLE, PlainLoop
 
 OURS = "sketchfusion"
@@ -79,8 +79,8 @@ def bench(
         `seconds_per_image`, `images_per_second`, `tflop_per_image` (products and attention), `tflops` (reached),
         `of_peak` (None in another dtype), `peak_memory_gib` (weights and what a run adds; None where it is not known),
         `ratio` (its seconds over ours), and `cosine` with our dense cells (`mean`, `percentile_1`, `least`; None for
-        DIFT). Ours has `parts`, the seconds of each in one image; and, asked for, `operators`: `name`, `calls` in one
-        batch and `share` of the time of all, the longest ones first.
+        DIFT). Ours has `parts`, the seconds of each in one image (on CUDA without a graph), and, asked for,
+        `operators`: `name`, `calls` in one batch and `share` of the time of all, the longest ones first.
 
     Raises:
         ConfigError: an argument is unknown or illegal.
@@ -114,7 +114,7 @@ def bench(
     result = {"definition": DEFINITION, "model": source, **_machine(model), "runs": runs, "compiled": compile}
     rows: list[dict[str, Any]] = []
     total = len(plans) * (1 + len(loops)) * (runs + 1)
-    with tqdm(total=total, desc="bench", unit="run", disable=None if progress is None else not progress) as bar:
+    with Progress("bench", "run", total, progress) as bar:
         for view, count, ensemble in plans:
             try:
                 rows += _compare(
@@ -184,7 +184,7 @@ def _compare(
     peak: float,
     compiled: bool,
     profiled: bool,
-    bar: Any,
+    bar: Progress,
 ) -> list[dict[str, Any]]:
     """The rows of one combination, ours first."""
     pixels, geometry = _pictures(view, count)
@@ -215,16 +215,18 @@ def _compare(
             if name == OURS and cuda:
                 # Captured as a graph. What it computes in is seen now, and in no replay.
                 with _watched(model.device) as added:
-                    dense[name] = way()
+                    way()
                 memory[name] = added
-            bar.update()
+            bar.advance()
         for _ in range(runs):
             for name, way in ways.items():
                 with _watched(model.device) as added:
-                    taken, _ = _timed(way, model.device)
+                    taken, found = _timed(way, model.device)
+                if name == OURS:
+                    dense[name] = found  # on CUDA from the graph
                 seconds[name].append(taken)
                 memory.setdefault(name, []).extend(added)
-                bar.update()
+                bar.advance()
         operators = _operators(ways[OURS], model.device) if profiled else None
         model._graphs.clear()  # whose memory the next ones may need
         parts = [_seconds_by_part(model, pixels, geometry, ensemble) for _ in range(runs)]
@@ -283,7 +285,7 @@ def _operators(way: Callable[[], Any], device: torch.device) -> list[dict[str, A
     ]
     total = sum(time for time, _, _ in spent)
     longest = sorted(spent, reverse=True)[:OPERATORS]
-    return [{"name": name, "calls": count, "share": time / total} for time, name, count in longest]
+    return [{"name": name, "calls": count, "share": time / total} for time, name, count in longest if total]
 
 
 def _timed(way: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..backbones import semantic
 from ..backbones.semantic import SemanticBackbone
@@ -25,6 +24,7 @@ from ..features import Features
 from ..images import Geometry, ImageInput, Preprocess, collate, read_ahead
 from ..loading import MARKERS, Access, find_origin
 from ..model import SketchFusion
+from ..progress import Progress
 
 ROWS = {  # the built-in ones, in words
     "semantic": "semantic backbone alone: its patch tokens",
@@ -104,10 +104,8 @@ class Extractor:
             SketchFusionError: the features overflowed the compute dtype, or the GPU's memory is too small.
         """
         size = self.batch_size
-        # By default only where somebody looks (tqdm's None), and only if it takes a while.
-        disable, delay = (None, 2) if self.progress is None else (not self.progress, 0)
         with (
-            tqdm(total=len(images), desc="evaluate", unit=unit, disable=disable, delay=delay) as bar,
+            Progress("evaluate", unit, len(images), self.progress) as bar,
             closing(read_ahead(iter(images), self._read, size, listed=True)) as ahead,
         ):
             for start in range(0, len(images), size):
@@ -115,7 +113,7 @@ class Extractor:
                 batch = torch.stack(pixels)
                 for row, features in self.extract(batch, collate(geometries)):
                     yield start, row, features
-                bar.update(len(batch))
+                bar.advance(len(batch))
 
     def _read(self, image: Record | ImageInput) -> tuple[Tensor, Geometry]:
         return self.preprocess(image.open() if isinstance(image, Record) else image)

@@ -15,6 +15,7 @@ from ..errors import ConfigError, SketchFusionError
 from ..features import Features
 from . import Sample
 
+LEVELS, LOSSES = ("category", "fine"), ("info_nce", "triplet")
 CONVENTIONS = ("zse", "sake", "sem-pcyc")
 TIES = "equal similarities keep the gallery's order"
 Item = TypeVar("Item")
@@ -87,7 +88,7 @@ class Retrieval(nn.Module):
         margin: float = 0.3,
     ):
         super().__init__()
-        for key, value, legal in (("level", level, ("category", "fine")), ("loss", loss, ("info_nce", "triplet"))):
+        for key, value, legal in (("level", level, LEVELS), ("loss", loss, LOSSES)):
             if value not in legal:
                 raise ConfigError(key, f"is {value!r}", legal=", ".join(legal))
         self.level, self.kind, self.temperature, self.margin = level, loss, temperature, margin

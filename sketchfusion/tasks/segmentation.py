@@ -22,14 +22,15 @@ class Segmentation(nn.Module):
     """BCE between masks and the soft-thresholded cosine map of the pooled sketch against the dense photo (section 4.4).
 
     Trains the features themselves; there is no head. A batch is photos with masks and a sketch of the class for
-    each. A sketch of another class finds nothing in a photo: without such pairs the map would be of anything salient.
+    each. A sketch of a class that a photo does not show finds nothing in it: without such pairs the map would be of
+    anything salient.
 
     Args:
         photos: a set of photos with masks.
         sketches: a set with sketches of the same classes.
         pairs: photos a step.
         softness: of the threshold: cosines this far above it count as sure to 73 %.
-        others: weight of the pairs of different classes.
+        others: weight of the pairs in which there is nothing to find.
 
     Raises:
         SketchFusionError: no class has both photos with masks and sketches.
@@ -51,6 +52,9 @@ class Segmentation(nn.Module):
                 f"({sketches.split}): segmentation needs both, under the same name"
             )
         shown = sorted({str(photo.label) for photo in self._photos})
+        self._shows: dict[str, set[str]] = {}  # a photo of several things is several records
+        for photo in photos.photos:
+            self._shows.setdefault(photo.path, set()).add(str(photo.label))
         self.pairs, self.softness, self.others = pairs, softness, others
         self.records = (*self._photos, *(sketch for name in shown for sketch in self._sketches[name]))
 
@@ -61,7 +65,7 @@ class Segmentation(nn.Module):
 
     def loss(self, features: Features, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
         half = len(samples) // 2
-        labels = [sample.record.label for sample in samples]
+        photos, drawn = [s.record for s in samples[:half]], [str(s.record.label) for s in samples[half:]]
         cells = F.normalize(features.dense[:half], dim=1)
         queries = F.normalize(features.pooled[half:], dim=1)
         logits = (torch.einsum("pdhw,qd->pqhw", cells, queries) - THRESHOLD) / self.softness
@@ -73,13 +77,14 @@ class Segmentation(nn.Module):
             truths.append(on_canvas(sample.mask.float(), geometry, grid))
             insides.append(geometry.mask(grid))
         truth, inside = torch.stack(truths).to(logits.device), torch.stack(insides).to(logits.device)
-        same = torch.tensor([[p == q for q in labels[half:]] for p in labels[:half]], device=logits.device)
-        wanted = truth[:, None] * same[:, :, None, None]
+        shows = [self._shows[photo.path] for photo in photos]
+        absent = torch.tensor([[name not in names for name in drawn] for names in shows], device=logits.device)
+        wanted = truth[:, None] * ~absent[:, :, None, None]
         costs = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         costs = (costs * inside[:, None]).sum((2, 3)) / inside.sum((1, 2))[:, None]
-        # Each photo with the sketch that was drawn for it; and with those of other classes.
+        # Each photo with the sketch that was drawn for it; and with those of what it does not show.
         own = costs.diagonal().mean()
-        other = costs[~same].mean() if not same.all() else costs.new_zeros(())
+        other = costs[absent].mean() if absent.any() else costs.new_zeros(())
         return own + self.others * other, {"mask": own.item(), "others": other.item()}
 
 

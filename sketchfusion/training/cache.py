@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data import Record
 from ..errors import SketchFusionError
 from ..files import make_folder, write_tensors
 from ..images import Geometry, Preprocess, collate
 from ..model import SketchFusion
+from ..progress import Progress
 from .views import draw_view, look
 
 log = logging.getLogger(__name__)
@@ -112,24 +111,24 @@ class FrozenCache:
             len(shards),
         )
         mine = [s for s in missing if s % world == rank]  # whatever the others have written by now
-        disable, delay = (None, 2) if progress is None else (not progress, 0)
-        total = sum(len(shards[s]) for s in mine)
-        with tqdm(total=total, desc="cache", unit="view", disable=disable, delay=delay) as bar:
-            started = told = time.monotonic()
-            for done, s in enumerate(mine, 1):
+        with Progress("cache", "view", sum(len(shards[s]) for s in mine), progress) as bar:
+            for s in mine:
                 self._write(model, shards[s], self._paths[s], seed, batch_size, bar)
-                if bar.disable and time.monotonic() - told > 60:  # a log file has no bar to look at
-                    told = time.monotonic()
-                    left = (told - started) / done * (len(mine) - done)
-                    log.info("cache: %d of %d files, %.0f s left", done, len(mine), left)
 
-    def _write(self, model: SketchFusion, shard: list[Entry], path: Path, seed: int, batch_size: int, bar: Any) -> None:
+    def _write(
+        self, model: SketchFusion, shard: list[Entry], path: Path, seed: int, batch_size: int, bar: Progress
+    ) -> None:
         parts: list[Embedded] = []
-        for i in range(0, len(shard), batch_size):
-            pixels, geometry = pixels_of(shard[i : i + batch_size], model.preprocess, seed)
-            latents, tokens = model.embed(pixels)
-            parts.append(Embedded(latents.cpu(), tokens.cpu(), geometry))
-            bar.update(len(pixels))
+        batches = [shard[i : i + batch_size] for i in range(0, len(shard), batch_size)]
+        with ThreadPoolExecutor(1) as ahead:  # the next batch is opened while one is computed
+            opened = ahead.submit(pixels_of, batches[0], model.preprocess, seed)
+            for following in (*batches[1:], None):
+                pixels, geometry = opened.result()
+                if following is not None:
+                    opened = ahead.submit(pixels_of, following, model.preprocess, seed)
+                latents, tokens = model.embed(pixels)
+                parts.append(Embedded(latents.cpu(), tokens.cpu(), geometry))
+                bar.advance(len(pixels))
         tensors = {
             "latents": torch.cat([part.latents for part in parts]).contiguous(),
             "tokens": torch.cat([part.tokens for part in parts]).contiguous(),

@@ -112,9 +112,9 @@ def load_head(folder: str | os.PathLike) -> tuple[nn.Module, tuple[str, ...]]:
         with safe_open(path, framework="pt") as file:
             classes = tuple(json.loads((file.metadata() or {})["classes"]))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        hidden, width = weights["1.weight"].shape
+        head = make_head(width, len(classes), hidden if "4.weight" in weights else None)
+        head.load_state_dict(weights)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise LoadError(f"{path} is no head that training wrote: {error}") from error
-    first = weights["1.weight"]
-    head = make_head(first.shape[1], len(classes), first.shape[0] if "4.weight" in weights else None)
-    head.load_state_dict(weights)
     return head.eval(), classes

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,15 +37,15 @@ class Apart(NamedTuple):
     def of(cls, records: Iterable[Record], classes: Iterable[str] = ()) -> Apart:
         return cls(frozenset(map(_image, records)), frozenset(map(letters, classes)))
 
-    def taken_from(self, data: DataSet) -> DataSet:
-        """The rest of a set."""
+    def taken_from(self, data: DataSet, words: str = "without what others are validated on") -> DataSet:
+        """The rest of a set, which `words` adds to its split."""
         labels = {name for name in data.classes if letters(name) in self.classes}
         rest = tuple(r for r in data.records if r.label not in labels and _image(r) not in self.images)
         if len(rest) == len(data.records):
             return data
         left = {record.label for record in rest}
         classes = tuple(name for name in data.classes if name in left)
-        return DataSet(data.name, classes, rest, f"{data.split}, without what others are validated on")
+        return DataSet(data.name, classes, rest, f"{data.split}, {words}")
 
 
 def _image(record: Record) -> tuple[str, int | None]:
@@ -106,8 +105,9 @@ def make_job(
         data: what to train on. Segmentation: photos with masks.
         model: that is to be trained.
         held_out: what to validate on, or the share of `data` to hold out: whole classes for retrieval, since that is
-            to work on classes never seen; photos with their sketches for the others, and for segmentation the same
-            share of each class's `sketches` as well. What is held out is not trained on, wherever it comes from.
+            to work on classes never seen (at the fine level only where there are three or more); photos with their
+            sketches for the others, and for segmentation the same share of each class's `sketches` as well. What is
+            held out is not trained on, wherever it comes from.
         sketches: segmentation: the sketches that say what to find.
         images: in a batch; retrieval needs 4 or more, two sketches and two photos.
         level, loss: see `Retrieval`. hidden: see `Recognition`.
@@ -129,19 +129,19 @@ def make_job(
     data = _usable(name, data, sketches)
     if isinstance(held_out, DataSet):
         apart = _usable(name, held_out, sketches)
-        gone, unseen = set(held_out.records), held_out.classes if name == "retrieval" else ()
-        rest = tuple(record for record in data.records if record not in gone and record.label not in unseen)
-        classes = tuple(label for label in data.classes if label not in unseen)
-        kept = DataSet(data.name, classes, rest, f"{data.split}, without {held_out.split}")
+        unseen = held_out.classes if name == "retrieval" and level == "category" else ()
+        kept = Apart.of(held_out.records, unseen).taken_from(data, f"without {held_out.split}")
     else:
-        split_up = partial(_split_classes, level=level) if name == "retrieval" else _split_records
-        kept, apart = split_up(data, held_out)
+        by_class = name == "retrieval" and (level == "category" or len(data.classes) > 2)
+        kept, apart = _split_classes(data, held_out, level) if by_class else _split_records(data, held_out)
     kept = elsewhere.taken_from(kept)
     away = Apart.of(apart.records)
     half = max(1, images // 2)
     if name == "retrieval":
         # At the fine level a class's other photos are the hard negatives: in Sketchy two to four of those drawn from.
-        per_class = min(4, half) if level == "fine" else 1 if half < 4 else 2
+        # Of few classes it takes more photos to fill a batch.
+        usual = 4 if level == "fine" else 1 if half < 4 else 2
+        per_class = min(half, max(usual, half // max(1, len(kept.classes))))
         if level == "fine":
             apart = _usable(name, _drawn_from_photos(apart), None)
             different = {record.photo for record in apart.photos}

@@ -20,13 +20,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data import Record
 from ..errors import ConfigError, SketchFusionError
 from ..files import make_folder
 from ..images import Geometry
 from ..model import SketchFusion
+from ..progress import Progress
 from ..tasks import Sample, Task
 from ..tasks.recognition import Recognition
 from . import checkpoints
@@ -50,7 +50,8 @@ class Settings:
     warmup: float = 0.03  # share of the steps in which the learning rate rises
     clip: float = 1.0  # largest gradient norm
     accumulate: int = 1  # batches an optimiser step
-    views: int = 4  # K: views an image; the first is the image as it is, the others are augmented
+    views: int = 4  # K: views an image in the cache; the first is the image as it is, the others are augmented.
+    # Without a cache every look is a view of its own; 1: only the image as it is.
     seed: int = 0
     checkpoint_every: int = 200  # steps
     validate_every: int = 0  # steps; 0: at the end only
@@ -101,6 +102,8 @@ class _Trainee(nn.Module):
     ) -> tuple[Tensor, dict[str, float]]:
         if self.finetune:  # these are pixels: what the semantic backbone sees in them is learned
             tokens = self.model.semantic(tokens)
+        # Several GPUs: it came with the batch, and is looked at image by image.
+        geometry = Geometry(*(torch.as_tensor(field).cpu() for field in geometry))
         features = self.model.fuse(latents, tokens, geometry)
         parts: dict[str, float] = {}
         total, start = torch.zeros((), device=latents.device), 0
@@ -154,7 +157,7 @@ def train(
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     settings = settings or Settings()
     jobs: list[Task] = list(tasks) if isinstance(tasks, Sequence) else [tasks]
@@ -172,6 +175,8 @@ def train(
         cpu=model.device.type == "cpu",
         mixed_precision=precision,
         kwargs_handlers=[
+            # float16 is for the scaler: the layers see to their dtypes themselves, as they do in `encode`.
+            AutocastKwargs(enabled=False),
             # A backbone that is fine-tuned has parameters behind what is read of it.
             DistributedDataParallelKwargs(find_unused_parameters=settings.finetune),
             InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while one validates
@@ -244,6 +249,7 @@ def _train(
     if first:
         log.info("%s goes on behind step %d", out, first)
     main = accelerator.is_main_process
+    progress = progress if main else False
     # Before the cache, which can take hours: a folder that cannot be written to is better known at once.
     journal = _Journal(out / "log.csv", first) if main else None
     if main and validate is not None:
@@ -253,11 +259,12 @@ def _train(
     if cache is not None:
         kept = FrozenCache(
             model, records, settings.views, Path(cache), seed=settings.seed, rank=rank, world=world,
-            progress=progress if main else False,
+            progress=progress,
         )  # fmt: skip
         accelerator.wait_for_everyone()
 
-    prepared, steps = accelerator.prepare(trainee, optimizer)
+    # The optimiser's state is where it belongs: accelerate would move its counters to the GPU, and wait for each.
+    prepared, steps = accelerator.prepare(trainee, optimizer, device_placement=[True, False])
     seen = sum(len(task.batch(np.random.default_rng(0))) for task in jobs) * settings.accumulate
     images = seen * world
     log.info(
@@ -266,12 +273,11 @@ def _train(
         sum(p.numel() for _, p in parameters),
     )  # fmt: skip
     figures: dict[str, float] = {}
-    disable = True if not main else None if progress is None else not progress
     with (
-        tqdm(total=settings.steps, initial=first, desc="train", unit="step", disable=disable) as bar,
+        Progress("train", "step", settings.steps, progress, done=first) as bar,
         _Batches(model, jobs, settings, kept, rank, first * settings.accumulate) as batches,
     ):
-        started = told = time.monotonic()
+        started = time.monotonic()
         for step in range(first, settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate(step) * group["scale"]
@@ -294,12 +300,7 @@ def _train(
             norm = accelerator.clip_grad_norm_([p for _, p in parameters], settings.clip)
             steps.step()
             steps.zero_grad()
-            bar.update()
-            bar.set_postfix(loss=f"{means['loss']:.3f}")
-            if main and bar.disable and time.monotonic() - told > 60:  # a log file has no bar to look at
-                told = time.monotonic()
-                left = (told - started) / (step + 1 - first) * (settings.steps - step - 1)
-                log.info("step %d of %d, loss %.3f, %.0f s left", step + 1, settings.steps, means["loss"], left)
+            bar.advance(note=f"loss {means['loss']:.3f}")
             if journal is not None:
                 rate = images * (step + 1 - first) / (time.monotonic() - started)
                 lr = settings.learning_rate(step)
@@ -438,6 +439,7 @@ def _validated(model: SketchFusion, validate: Validate | None, path: Path, step:
     model.eval()
     with torch.no_grad():
         figures = {name: float(figure) for name, figure in validate(model).items()}
+    model._graphs.clear()  # training needs their memory
     log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     _Journal(path, step - 1).write({"step": step, **figures})
     return figures

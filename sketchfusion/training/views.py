@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,15 +59,15 @@ class View:
 
     def points(self, record: Record, width: int, height: int) -> dict[str, tuple[float, float]]:
         """The record's key points in pixels of the view, which has that size; those that it still shows."""
-        if self.affine is None:
-            return {name: (x, y) for name, x, y in record.points}
-        across, down = 1.0, 1.0
-        if record.points and record.path.lower().endswith(STROKES):
-            own = record.open().size
-            across, down = width / own[0], height / own[1]
-        a, b, c, d, e, f = self._pixels(width, height)
-        inverse = np.linalg.inv([[a, b], [d, e]])
-        moved = {name: inverse @ (across * x - c, down * y - f) for name, x, y in record.points}
+        moved: dict[str, Any] = {name: (x, y) for name, x, y in record.points}
+        if moved and self.affine is not None:
+            across, down = 1.0, 1.0
+            if record.path.lower().endswith(STROKES):
+                own = record.open().size
+                across, down = width / own[0], height / own[1]
+            a, b, c, d, e, f = self._pixels(width, height)
+            inverse = np.linalg.inv([[a, b], [d, e]])
+            moved = {name: inverse @ (across * x - c, down * y - f) for name, (x, y) in moved.items()}
         return {name: (float(x), float(y)) for name, (x, y) in moved.items() if 0 <= x <= width and 0 <= y <= height}
 
     def mask(self, record: Record) -> Tensor | None:
