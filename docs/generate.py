@@ -25,7 +25,7 @@ MADE = ("sketchfusion.data", "sketchfusion.tasks", "sketchfusion.evaluation")  #
 
 # Beyond the names of `sketchfusion` itself: what is imported from the rooms that have more than one way to be used.
 ROOMS = {
-    "data": ("load", "split", "limited", "class_names", "DataSet", "Record", "DataError"),
+    "data": ("load", "load_common", "split", "limited", "class_names", "DataSet", "Record", "DataError"),
     "training": ("train", "Settings"),
     "training.checkpoints": ("load_head",),
     "tasks": ("Task", "Sample"),
