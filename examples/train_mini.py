@@ -11,7 +11,7 @@ Phases run in order, and can be named one by one: `python examples/train_mini.py
     prepare    the tars become arrays on disk
     teacher    an ImageNet network looks at every image once; a small head on it learns where sketches and photos meet
     semantic   a CLIP vision transformer learns those maps cell by cell, at three depths; at last with the teacher
-               beside it, on views mixed from several photos
+               beside it, on views mixed from several photos, and what two such cycles end with is averaged
     vae        an AutoencoderKL learns to reconstruct photos and sketches
     unet       a UNet2DConditionModel learns to predict the noise in that autoencoder's latents: DIR/samples.png
     fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones: DIR/retrieval
@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 # Threads that spin while they wait are up to ten times slower as soon as another program uses the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -52,6 +53,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditi
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import Features, SketchFusion
@@ -135,6 +137,7 @@ SEMANTIC_CYCLES = (
         Stage(224, 18, 8, 500, teacher_side=224),
     ),
 )
+SEMANTIC_AVERAGED = 2  # of so many cycles, the last ones, the weights at the end are averaged
 SEMANTIC_DEPTHS = (2, 4, 6)  # after these layers tokens are compared with the teacher's three depths
 SEMANTIC_LRS, SEMANTIC_DECAY, SEMANTIC_WARMUP = (1.5e-3, 1e-3, 1e-3, 1e-3, 1e-3), 0.05, 40
 NCE_TEMPERATURE = 0.1
@@ -165,7 +168,7 @@ class Cycle:
 
 TASKS_CYCLES = (
     Cycle(Settings(steps=240, lr=3e-3, views=2, checkpoint_every=20), 6, 300, 0),
-    Cycle(Settings(steps=130, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
+    Cycle(Settings(steps=160, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
 )
 RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
 TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0, "recognition": 0.5}
@@ -968,7 +971,9 @@ def train_semantic(out: Path, recorder: Recorder) -> None:
         [model, heads], lr=SEMANTIC_LRS[0], decay=SEMANTIC_DECAY, warmup=SEMANTIC_WARMUP, steps=lengths[0],
         muon=r"layers\.\d+\..*weight",
     )  # fmt: skip
-    parts = {"model": model, "heads": heads, "optimizers": optimizers}
+    both = nn.ModuleDict({"model": model, "heads": heads})
+    averaged = AveragedModel(both)  # https://arxiv.org/abs/1803.05407
+    parts = {"model": model, "heads": heads, "optimizers": optimizers, "averaged": averaged}
     start = recorder.resume(**parts)
     matching: Matching | None = None  # from the first stage on that asks for it; those behind it do too
     for step in range(start, int(ends[-1])):
@@ -982,10 +987,14 @@ def train_semantic(out: Path, recorder: Recorder) -> None:
         optimizers.step(loss, step - sum(lengths[:cycle]))
         if (step + 1) % LOG_EVERY == 0:
             recorder.note(step=step + 1, side=stage.side, loss=loss.item(), **figures)
+        if step + 1 in np.cumsum(lengths)[-SEMANTIC_AVERAGED:]:
+            averaged.update_parameters(both)
         if (step + 1) % SEMANTIC_CHECKPOINT_EVERY == 0 or step + 1 == ends[-1]:
             recorder.note(step=step + 1, **semantic_maps(model, heads, arrays, stage.side))
             recorder.save(step + 1, **parts)
-            save_semantic(model, out)
+    kept: Any = averaged.module
+    recorder.note(averaged=SEMANTIC_AVERAGED, **semantic_maps(kept["model"], kept["heads"], arrays, stages[-1].side))
+    save_semantic(kept["model"], out)
 
 
 @torch.no_grad()
