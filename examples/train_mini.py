@@ -1000,7 +1000,8 @@ def train_semantic(out: Path, recorder: Recorder) -> None:
 @torch.no_grad()
 def semantic_maps(model: CLIPVisionModel, heads: SemanticHeads, arrays: Arrays, side: int) -> dict[str, float]:
     """mAP@all of the unseen classes with the mean patch token, with what is read of it in the teacher's space, and with
-    the teacher itself in the model's place on one side: which of the two falls short of it."""
+    the teacher itself in the model's place on one side: which of the two falls short of it; and the cosines of what is
+    read with what the teacher says."""
 
     def describe(images: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         views = torch.eye(2, 3).expand(len(images), -1, -1)
@@ -1026,6 +1027,8 @@ def semantic_maps(model: CLIPVisionModel, heads: SemanticHeads, arrays: Arrays, 
         "read": mean_average_precision(sketches[1], photos[1], *labels),
         "teachers_sketches": mean_average_precision(sketches[2], photos[1], *labels),
         "teachers_photos": mean_average_precision(sketches[1], photos[2], *labels),
+        "cosine_sketches": F.cosine_similarity(sketches[1], sketches[2]).mean().item(),
+        "cosine_photos": F.cosine_similarity(photos[1], photos[2]).mean().item(),
     }
 
 
