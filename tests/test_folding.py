@@ -296,8 +296,9 @@ def test_constants_follow_the_model(model: SketchFusion) -> None:
         return [constant for module in folded for constant in (module.key, module.value)]
 
     assert len(constants()) == 2 * (3 + 1 + 4)
-    assert {constant.dtype for constant in model.to(torch.bfloat16).diffusion.buffers()} == {torch.bfloat16}
-    assert {constant.dtype for constant in constants()} == {torch.bfloat16}
+    backbone = model.to(torch.bfloat16).diffusion
+    assert {constant.dtype for constant in (*constants(), backbone.null_prompt)} == {torch.bfloat16}
+    assert {constant.dtype for constant in (backbone.mean, backbone.std)} == {torch.float32}  # what pixels are in
     model.to("meta")
     assert {constant.device.type for constant in constants()} == {"meta"}
 
