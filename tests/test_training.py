@@ -686,6 +686,7 @@ def test_without_a_terminal_lines_say_what_is_left(
         FrozenCache(untrained, shapes.records[:12], 1, tmp_path / "cache", seed=0)
     lines = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
     assert lines[0].startswith("cache: view 4 of 12, ")
+    assert not lines[0].endswith(" 0 s left")
     assert lines[-1] == "cache: view 12 of 12, 0 s left"
     caplog.clear()
     with caplog.at_level("INFO"):
