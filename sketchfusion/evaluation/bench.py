@@ -207,11 +207,12 @@ def _compare(
         for name, way in ways.items():
             # What is compiled cannot be counted: it runs once as it was written, and is compiled afterwards.
             mode = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
+            written = partial(model, pixels, geometry, ensemble=ensemble) if name == OURS else way
             with torch.compiler.set_stance("force_eager"), mode as counter:
-                dense[name] = model(pixels, geometry, ensemble=ensemble).dense if name == OURS else way()
+                written()
             flops[name] = counter.get_total_flops()
             if name == OURS and (compiled or cuda):
-                dense[name] = way()  # as it is written, or compiled
+                way()  # as it is written, or compiled
             if name == OURS and cuda:
                 # Captured as a graph. What it computes in is seen now, and in no replay.
                 with _watched(model.device) as added:
@@ -221,9 +222,7 @@ def _compare(
         for _ in range(runs):
             for name, way in ways.items():
                 with _watched(model.device) as added:
-                    taken, found = _timed(way, model.device)
-                if name == OURS:
-                    dense[name] = found  # on CUDA from the graph
+                    taken, dense[name] = _timed(way, model.device)  # ours on CUDA from the graph
                 seconds[name].append(taken)
                 memory.setdefault(name, []).extend(added)
                 bar.advance()

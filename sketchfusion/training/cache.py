@@ -8,6 +8,9 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from ..data import Record
 from ..errors import SketchFusionError
 from ..files import make_folder, write_tensors
-from ..images import Geometry, Preprocess, collate
+from ..images import Geometry, Preprocess, collate, read_ahead
 from ..model import SketchFusion
 from ..progress import Progress
 from .views import draw_view, look
@@ -51,13 +54,14 @@ def pixels_of(entries: Iterable[Entry], preprocess: Preprocess, seed: int) -> tu
         ImageError: naming the file that cannot be read.
     """
 
-    def one(entry: Entry) -> tuple[Tensor, Geometry]:
-        view = draw_view(entry.record, entry.view, seed)
-        return preprocess(look(entry.record, view, preprocess.size))
-
     with ThreadPoolExecutor(WORKERS) as pool:
-        pixels, geometries = zip(*pool.map(one, entries), strict=True)
+        pixels, geometries = zip(*pool.map(partial(_opened, preprocess=preprocess, seed=seed), entries), strict=True)
     return torch.stack(pixels), collate(geometries)
+
+
+def _opened(entry: Entry, preprocess: Preprocess, seed: int) -> tuple[Tensor, Geometry]:
+    view = draw_view(entry.record, entry.view, seed)
+    return preprocess(look(entry.record, view, preprocess.size))
 
 
 class FrozenCache:
@@ -119,16 +123,13 @@ class FrozenCache:
         self, model: SketchFusion, shard: list[Entry], path: Path, seed: int, batch_size: int, bar: Progress
     ) -> None:
         parts: list[Embedded] = []
-        batches = [shard[i : i + batch_size] for i in range(0, len(shard), batch_size)]
-        with ThreadPoolExecutor(1) as ahead:  # the next batch is opened while one is computed
-            opened = ahead.submit(pixels_of, batches[0], model.preprocess, seed)
-            for following in (*batches[1:], None):
-                pixels, geometry = opened.result()
-                if following is not None:
-                    opened = ahead.submit(pixels_of, following, model.preprocess, seed)
-                latents, tokens = model.embed(pixels)
-                parts.append(Embedded(latents.cpu(), tokens.cpu(), geometry))
-                bar.advance(len(pixels))
+        read = partial(_opened, preprocess=model.preprocess, seed=seed)
+        with closing(read_ahead(iter(shard), read, batch_size, listed=True)) as ahead:
+            while batch := [opened.result() for opened in islice(ahead, batch_size)]:
+                pixels, geometries = zip(*batch, strict=True)
+                latents, tokens = model.embed(torch.stack(pixels))
+                parts.append(Embedded(latents.cpu(), tokens.cpu(), collate(geometries)))
+                bar.advance(len(batch))
         tensors = {
             "latents": torch.cat([part.latents for part in parts]).contiguous(),
             "tokens": torch.cat([part.tokens for part in parts]).contiguous(),
