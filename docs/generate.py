@@ -1,4 +1,4 @@
-"""Write docs/api.md and docs/configuration.md from the docstrings and comments of the code itself.
+"""Write docs/api.md, docs/cli.md and docs/configuration.md from the docstrings and comments of the code itself.
 
 python docs/generate.py            writes them
 python docs/generate.py --check    fails where they are out of date
@@ -13,8 +13,10 @@ import textwrap
 from pathlib import Path
 from typing import Any, ForwardRef, Protocol
 
+import typer
+
 import sketchfusion
-from sketchfusion import config
+from sketchfusion import cli, config
 from sketchfusion.training import Settings
 
 HERE = Path(__file__).parent
@@ -25,7 +27,10 @@ MADE = ("sketchfusion.data", "sketchfusion.tasks", "sketchfusion.evaluation")  #
 
 # Beyond the names of `sketchfusion` itself: what is imported from the rooms that have more than one way to be used.
 ROOMS = {
-    "data": ("load", "load_common", "split", "limited", "class_names", "DataSet", "Record", "DataError"),
+    "data": (
+        "load", "load_common", "find_images", "split", "limited", "class_names", "DataSet", "Record", "DataError",
+    ),
+    "images": ("Preprocess", "collate", "open_image"),
     "training": ("train", "Settings"),
     "training.checkpoints": ("load_head",),
     "tasks": ("Task", "Sample"),
@@ -68,6 +73,8 @@ def describe_class(cls: type) -> str:
     heading += prose(cls)
     if cls is Settings:
         heading += f"\n{table(cls)}"
+    elif cls is config.Config:
+        heading += "\nIts keys: [configuration](configuration.md).\n"
     elif issubclass(cls, tuple):
         heading += "\n" + "".join(f"- `{name}`: {text}\n" for name, text in comments(cls).items())
     methods = [
@@ -122,7 +129,7 @@ def prose(thing: Any) -> str:
     lines = []
     for block in re.split(r"\n(?=\w+:\n)", inspect.getdoc(thing) or ""):
         title, _, body = block.partition(":\n")
-        if title in ("Args", "Returns", "Raises", "Attributes"):
+        if title in ("Args", "Returns", "Raises", "Warns", "Attributes"):
             lines.append(f"**{title}**\n\n{entries(textwrap.dedent(body))}\n")
         else:
             lines.append(block.strip() + "\n")
@@ -137,6 +144,25 @@ def entries(body: str) -> str:
         return " ".join(body.split())
     found = [named.fullmatch(item) for item in items]
     return "\n".join(f"- `{m[1].strip()}`: {' '.join(m[2].split())}" for m in found if m)
+
+
+def command_line() -> str:
+    """Every command with its arguments and options."""
+    commands: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    contents = ", ".join(f"[{name}](#sketchfusion-{name})" for name in commands)
+    parts = [NOTE + f"# Command line\n\n{contents}\n\n{prose(cli)}"]
+    for name, command in commands.items():
+        rows = ["| | default | meaning |\n|---|---|---|\n"]
+        for parameter in command.params:
+            argument, value = parameter.param_type_name == "argument", parameter.default
+            shown = parameter.metavar if argument else parameter.opts[0]
+            if value is True:  # what is on is turned off
+                shown, value = parameter.secondary_opts[0], None
+            value = ", ".join(map(str, value)) if isinstance(value, list) else value
+            given = "required" if parameter.required else f"`{value}`" if value not in (None, "", False) else ""
+            rows.append(f"| `{shown}` | {given} | {parameter.help} |\n")
+        parts.append(f"## sketchfusion {name}\n\n{prose(command.callback)}\n{''.join(rows)}")
+    return "\n".join(parts)
 
 
 def configuration() -> str:
@@ -184,7 +210,7 @@ def default(field: Any) -> str:
 
 def main() -> None:
     stale = []
-    for name, text in {"api.md": api(), "configuration.md": configuration()}.items():
+    for name, text in {"api.md": api(), "cli.md": command_line(), "configuration.md": configuration()}.items():
         path = HERE / name
         text = text.rstrip() + "\n"
         if "--check" in sys.argv[1:]:

@@ -126,9 +126,11 @@ class Config:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
+        """The text of a `config.json`."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 

@@ -58,7 +58,7 @@ class Captured:
 
 
 class Graphs:
-    """Runs functions of tensors on a CUDA device, from the second call with the same key on as a graph.
+    """Runs functions of tensors on a CUDA device, from the third call with the same key on as a graph.
 
     The first call with a key runs as it is written: what comes once only costs no capture. The second is captured, and
     later ones are replayed. Where a function cannot be captured, it goes on running as it is written. Of `LIMIT` keys

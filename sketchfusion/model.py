@@ -70,7 +70,7 @@ class SketchFusion(nn.Module):
     Built by `from_pretrained` or `from_backbones`, and returned in eval mode. The backbones are frozen submodules
     in the compute dtype; the adapters and the aggregator are trainable and stay in float32.
 
-    On CUDA `encode` and `stream` replay a graph from the second batch of a shape on. It sees what training changes, and
+    On CUDA `encode` and `stream` replay a graph from the third batch of a shape on. It sees what training changes, and
     calls no hooks in Python that you put on submodules; `forward` does.
 
     Attributes:
@@ -144,8 +144,8 @@ class SketchFusion(nn.Module):
             cache_dir: where downloads are kept; by default the Hub client's cache.
             local_files_only: never touch the network.
             device: `"auto"` is CUDA, else the CPU; `"mps"` was never tried.
-            dtype: compute dtype of the backbones. `"auto"` is float16 on CUDA, bfloat16 on a CPU with AMX or
-                AVX512-BF16, float32 elsewhere.
+            dtype: compute dtype of the backbones: float32, bfloat16, float16 or float64, by name or torch's. `"auto"`
+                is float16 on CUDA, bfloat16 on a CPU with AMX or AVX512-BF16, float32 elsewhere.
             variant: file variant of the diffusion backbone to download, for example `"fp16"`.
             diffusion: another place to take the diffusion backbone from: a folder, a Hub repository (a mirror), or
                 a loaded diffusers pipeline, which is never modified.
@@ -155,7 +155,11 @@ class SketchFusion(nn.Module):
 
         Raises:
             LoadError: naming the repository or file, and what to do.
-            ConfigError: `config.json` has an illegal key or value, or does not fit the backbones.
+            ConfigError: `config.json` has an illegal key or value, or does not fit the backbones; or `device` or
+                `dtype` cannot be had.
+
+        Warns:
+            UserWarning: float16 on a CPU, which is many times slower than float32.
         """
         access = Access(token, cache_dir, local_files_only)
         checkpoint = find_checkpoint(source, revision, access)
@@ -216,7 +220,9 @@ class SketchFusion(nn.Module):
             token, cache_dir, local_files_only, device, dtype, variant: as for `from_pretrained`.
             **settings: keys of `config.json` other than the backbones, for example `taps=["up0", "up1"]` or
                 `aggregator_width=256`; `semantic_image_size`, `semantic_mean`, `semantic_std` and the same with
-                `diffusion_` set what a backbone sees. Defaults are the paper's, and the backbones' own.
+                `diffusion_` set what a backbone sees. Defaults are the paper's, and the backbones' own. The
+                aggregator's groups are as many as fit its width, 32 at most. Mean and std have to be given where the
+                semantic backbone is no CLIP and comes without a `preprocessor_config.json`.
 
         Raises:
             LoadError: naming the repository or file, and what to do.
@@ -299,8 +305,9 @@ class SketchFusion(nn.Module):
         """Features of one image, or of a list or iterator of images; one in, one out.
 
         Args:
-            images: a path, URL, PIL image, array (H×W, H×W×3/4), tensor (CHW), `Strokes`; a list or iterator of
-                them, of mixed kinds, or an NCHW tensor. Arrays and tensors are uint8 0 to 255 or float in [0, 1].
+            images: a path (`~` is not expanded), URL (http or https; 64 MiB and 20 seconds at most), PIL image, array
+                (H×W, H×W×3/4), tensor (CHW), `Strokes`; a list or iterator of them, of mixed kinds, or an NCHW tensor.
+                Arrays and tensors are uint8 0 to 255 or float in [0, 1].
             batch_size: images a forward; by default 32 on CUDA, 8 elsewhere.
             pooled: return the pooled vectors (D,).
             dense: return the dense maps (D, g, g). For long lists it is these that fill the memory.
@@ -317,11 +324,15 @@ class SketchFusion(nn.Module):
             iterator in host memory: (N, D), (N, D, g, g). An empty list gives an empty batch.
 
         Raises:
-            ImageError: an image is missing, broken or of a wrong form; `index` says which of a list.
+            ImageError: an image is missing, broken or of a wrong form; `index` says which of a list, of which nothing
+                is returned then.
             ConfigError: an argument is unknown or illegal.
             SketchFusionError: out of memory on the GPU for a single image, or the features overflowed the compute
                 dtype.
             LoadError: the semantic backbone is no plain vision transformer.
+
+        Warns:
+            UserWarning: the adapters or the aggregator are untrained; once a model.
         """
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
@@ -352,6 +363,10 @@ class SketchFusion(nn.Module):
 
         While a batch is computed, threads read and decode the next: files and URLs, of a list all kinds. Where an image
         is refused, the good ones before it are yielded first. Arguments and errors as for `encode`.
+
+        Returns:
+            An iterator of `Features` of n images each, in their order: pooled (n, D), dense (n, D, g, g); n is
+            `batch_size`, and less at the end or after the GPU ran out of memory.
         """
         stream, single = as_stream(images)
         options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
@@ -556,6 +571,9 @@ class SketchFusion(nn.Module):
 
         Returns:
             `Features` on the model's device, float32: pooled (N, D), dense (N, D, g, g).
+
+        Raises:
+            ConfigError: the pixels have another shape, the geometry is not theirs, or `ensemble` is illegal.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % 8:
             raise ConfigError(
@@ -584,6 +602,12 @@ class SketchFusion(nn.Module):
             latents, tokens: from `embed`.
             geometry: of the N images, (N,) tensors.
             ensemble: as for `encode`; the aggregation runs once.
+
+        Returns:
+            As `forward`.
+
+        Raises:
+            ConfigError: the geometry is not that of N images, or `ensemble` is illegal.
         """
         count = getattr(getattr(geometry, "width", None), "shape", None)
         if count != (len(latents),):
@@ -608,6 +632,9 @@ class SketchFusion(nn.Module):
 
         Returns:
             Of every tap in the configuration the map (N, C_tap, h_tap, w_tap), in the compute dtype.
+
+        Raises:
+            ConfigError: `ensemble` is illegal.
         """
         members = self.config.ensemble if ensemble is None else ensemble
         check_ensemble(members)
@@ -635,7 +662,12 @@ class SketchFusion(nn.Module):
         """What `tap` returns -> `Features`: the learned aggregation, and max pooling over the cells on the image.
 
         Args:
+            maps: of each tap (N, its channels, h, w).
+            geometry: of the N images, (N,) tensors.
             aggregator: another than the model's own, such as an ablation of it.
+
+        Returns:
+            As `forward`.
         """
         dense = (aggregator or self.aggregator)(maps)
         pooled = max_pool(dense, geometry.mask(self.config.aggregator_grid).to(dense.device))
@@ -696,6 +728,7 @@ class SketchFusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are, and the computing is done."""
         return self.aggregator.mixing_weights.device
 
     @property

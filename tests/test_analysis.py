@@ -492,21 +492,6 @@ def test_a_folder_that_cannot_be_written_to(run: Run, tree: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_images_are_found_in_order_and_evenly(tmp_path: Path) -> None:
-    names = [f"{folder}/{i}.{suffix}" for folder in "ba" for i in range(3) for suffix in ("JPG", "svg", "ndjson")]
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "thumbnail.png").touch()
-    expected = [str(tmp_path / name) for name in sorted(names) if not name.endswith("ndjson")]
-    assert analysis.find_images(tmp_path) == expected
-    assert analysis.find_images(tmp_path, 100) == expected
-    assert analysis.find_images(tmp_path, 4) == [expected[i] for i in (0, 3, 6, 9)]
-    assert analysis.find_images(expected[0], 4) == expected[:1]
-
-
 def test_untrained_features_are_announced(untrained: SketchFusion, drawings: list[Image.Image]) -> None:
     with pytest.warns(UserWarning, match="UNTRAINED"):
         analysis.analyze(untrained, {"sketch": drawings[:1]})

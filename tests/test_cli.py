@@ -1,5 +1,6 @@
 """The command line as a user meets it: its output and its exit code, once in a process of its own."""
 
+import gc
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(IMAGES / name, root)
     (root / "broken.png").write_bytes((root / "cat.jpg").read_bytes()[:2000])
     (root / "text.png").write_text("no image")
+    (root / "empty").mkdir()
     return root
 
 
@@ -65,6 +67,16 @@ def test_good_images_are_written_and_each_bad_one_gets_a_line(run: Run, folder: 
     assert all(name in line for name, line in zip(["broken.png", "text.png", "gone.png"], lines, strict=True))
 
 
+def test_all_images_of_a_folder_are_encoded(run: Run, folder: Path) -> None:
+    (folder / "inner" / "deeper").mkdir(parents=True)
+    shutil.copy(folder / "cat.svg", folder / "inner" / "deeper" / "b.svg")
+    shutil.copy(folder / "cat.jpg", folder / "inner" / "a.jpg")
+    (folder / "inner" / "notes.txt").write_text("no image")
+    done = run("encode", "cat.jpg", "inner", "--no-dense", "--json")
+    assert done.returncode == 0
+    assert [row["path"] for row in json.loads(done.stdout)] == ["cat.jpg", "inner/a.jpg", "inner/deeper/b.svg"]
+
+
 def test_a_drawing_that_cannot_be_drawn_costs_no_other_image(run: Run, folder: Path) -> None:
     zigzag = " ".join(f"{x % 100},{x * 37 % 100}" for x in range(20000))
     (folder / "dense.svg").write_text(
@@ -91,6 +103,7 @@ def test_nothing_good_writes_nothing(run: Run, folder: Path) -> None:
     [
         (["encode", "cat.jpg", "--out", "nowhere/f.safetensors"], "nowhere"),
         (["encode", "cat.jpg", "--out", "."], "--out"),
+        (["encode", "cat.jpg", "empty"], "no images in this folder"),
         (["encode", "cat.jpg", "--size", "100"], "multiple of 8"),
         (["encode", "cat.jpg", "--ensemble", "3"], "even"),
         (["encode", "cat.jpg", "--dtype", "int8"], "float32"),
@@ -126,6 +139,12 @@ def test_the_readmes_command_encodes_images_that_are_there() -> None:
     named = re.findall(r"examples/images/\S+", makefile)
     assert len(named) == 2
     assert all((IMAGES.parents[1] / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("model", ["mini", "no-such-model"])
+def test_garbage_is_collected_again_once_a_command_has_started(run: Run, model: str) -> None:
+    run("encode", "cat.jpg", "--model", model)
+    assert gc.isenabled()
 
 
 def test_info(run: Run) -> None:

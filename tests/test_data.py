@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
-from sketchfusion.data import NAMES, DataError, DataSet, Record, class_names, load, load_common, quickdraw, split
+from sketchfusion.data import (
+    NAMES,
+    DataError,
+    DataSet,
+    Record,
+    class_names,
+    find_images,
+    load,
+    load_common,
+    quickdraw,
+    split,
+)
 from sketchfusion.errors import ConfigError, ImageError
 from sketchfusion.strokes import Strokes
 
@@ -384,6 +395,21 @@ def test_a_plain_folder_holds_photos_but_for_drawings(tmp_path: Path) -> None:
         ("sketch", "2.svg", None),
         ("photo", "1.png", "pen/1"),
     ]
+
+
+def test_images_are_found_in_order_and_evenly(tmp_path: Path) -> None:
+    names = [f"{folder}/{i}.{suffix}" for folder in "ba" for i in range(3) for suffix in ("JPG", "svg", "ndjson")]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "thumbnail.png").touch()
+    expected = [str(tmp_path / name) for name in sorted(names) if not name.endswith("ndjson")]
+    assert find_images(tmp_path) == expected
+    assert find_images(tmp_path, 100) == expected
+    assert find_images(tmp_path, 4) == [expected[i] for i in (0, 3, 6, 9)]
+    assert find_images(expected[0], 4) == expected[:1]
 
 
 def test_voc(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from . import folder, psc6k, quickdraw, shoes, sketchy, tuberlin, voc
+from .folder import find_images
 from .layout import Among, class_names, letters
 from .records import DataError, DataSet, Record
 from .splits import limited, spaced, split
@@ -28,7 +29,8 @@ LOADERS = {
 }
 NAMES = tuple(LOADERS)
 __all__ = [
-    "NAMES", "DataError", "DataSet", "Record", "class_names", "limited", "load", "load_common", "spaced", "split",
+    "NAMES", "DataError", "DataSet", "Record", "class_names", "find_images", "limited", "load", "load_common",
+    "spaced", "split",
 ]  # fmt: skip
 
 

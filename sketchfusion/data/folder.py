@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from .layout import Classes, Published, folders, images
+from ..errors import ConfigError, SketchFusionError
+from .layout import IMAGES, Classes, Published, folders, images
 from .records import DataSet, Record
+from .splits import spaced
 
 PUBLISHED = Published(
     name="folder",
@@ -49,3 +52,36 @@ def scan(root: Path, classes: Classes, part: None) -> DataSet:
 
 def _kind(name: str) -> Kind:
     return "sketch" if name.lower().endswith(".svg") else "photo"
+
+
+def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]:
+    """Every image in a folder and the folders inside it, in the order of their paths; or the one file `place`.
+
+    Files are chosen by their names (PNG, JPEG, WebP, GIF, BMP, TIFF, SVG); hidden ones, and those in hidden folders,
+    are left out.
+
+    Args:
+        place: the folder.
+        limit: take that many, evenly spaced in that order, so that every part of the folder is among them.
+
+    Raises:
+        ConfigError: the limit is below 1.
+        SketchFusionError: there is nothing of that name, or no image in it.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", f"is {limit}", legal="an integer from 1 up")
+    place = Path(place)
+    if place.is_file():
+        return [str(place)]
+    if not place.is_dir():
+        raise SketchFusionError(f"{place}: there is no folder and no image of that name")
+    found = sorted(
+        path
+        for path in place.rglob("*")
+        if path.suffix.lower() in IMAGES
+        and not any(part.startswith(".") for part in path.relative_to(place).parts)
+        and path.is_file()
+    )
+    if not found:
+        raise SketchFusionError(f"{place}: no images in this folder; looked for {', '.join(IMAGES)}")
+    return [str(path) for path in spaced(found, limit or len(found))]

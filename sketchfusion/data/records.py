@@ -111,10 +111,12 @@ class DataSet:
 
     @property
     def photos(self) -> tuple[Record, ...]:
+        """Its records of photos, in their order."""
         return tuple(record for record in self.records if record.kind == "photo")
 
     @property
     def sketches(self) -> tuple[Record, ...]:
+        """Its records of sketches, in their order."""
         return tuple(record for record in self.records if record.kind == "sketch")
 
     def of_classes(self, classes: Collection[str], words: str) -> DataSet:

@@ -7,11 +7,9 @@ the wider band. `analyze` measures it on any model and images, and says of each 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import check_ensemble
-from ..data import spaced
-from ..data.layout import IMAGES
 from ..errors import ConfigError, SketchFusionError
 from ..images import Geometry, ImageInput, collate, read_ahead
 from ..model import SketchFusion
@@ -428,35 +424,3 @@ def pictures(
 
 
 # ---- finding images
-
-
-def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]:
-    """Every image in a folder and the folders inside it, in the order of their paths; or the one file `place`.
-
-    Files are chosen by their names (`IMAGES`); hidden ones, and those in hidden folders, are left out.
-
-    Args:
-        place: the folder.
-        limit: take that many, evenly spaced in that order, so that every part of the folder is among them.
-
-    Raises:
-        ConfigError: the limit is below 1.
-        SketchFusionError: there is nothing of that name, or no image in it.
-    """
-    if limit is not None and limit < 1:
-        raise ConfigError("limit", f"is {limit}", legal="an integer from 1 up")
-    place = Path(place)
-    if place.is_file():
-        return [str(place)]
-    if not place.is_dir():
-        raise SketchFusionError(f"{place}: there is no folder and no image of that name")
-    found = sorted(
-        path
-        for path in place.rglob("*")
-        if path.suffix.lower() in IMAGES
-        and not any(part.startswith(".") for part in path.relative_to(place).parts)
-        and path.is_file()
-    )
-    if not found:
-        raise SketchFusionError(f"{place}: no images in this folder; looked for {', '.join(IMAGES)}")
-    return [str(path) for path in spaced(found, limit or len(found))]

@@ -13,7 +13,7 @@ from ..features import Features
 class Sample(NamedTuple):
     """One image of a training batch: its record, and what augmentation left of its annotations."""
 
-    record: Record
+    record: Record  # which image
     points: dict[str, tuple[float, float]]  # named key points, x then y, in pixels of the augmented image
     mask: Tensor | None  # bool (H, W) of the augmented image
 
@@ -22,10 +22,14 @@ class Task(Protocol):
     """What the training loop needs of a task: which images a step looks at, and what they cost.
 
     A task is a module: a head it trains along with the adapters is its parameters.
+
+    Attributes:
+        name: in the log.
+        records: everything that `batch` draws from.
     """
 
     name: str
-    records: tuple[Record, ...]  # everything that `batch` draws from
+    records: tuple[Record, ...]
 
     def batch(self, generator: Any) -> list[Record]:
         """The images of one step, drawn with a `numpy.random.Generator`."""

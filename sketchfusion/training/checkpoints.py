@@ -102,7 +102,8 @@ def load_head(folder: str | os.PathLike) -> tuple[nn.Module, tuple[str, ...]]:
     """The recognition head that training wrote into a checkpoint folder, in eval mode, and its classes.
 
     Returns:
-        A module (N, D) -> (N, classes), and the classes' names in the order of the logits.
+        A module (N, D) -> (N, classes) on the CPU, as the features of a list are, and the classes' names in the order
+        of the logits.
 
     Raises:
         LoadError: there is none, or it is damaged.

@@ -46,13 +46,13 @@ class Settings:
     steps: int = 1000  # optimiser steps
     lr: float = 1e-3  # of AdamW, after the warm-up; falls to a thousandth of it by a cosine [1.25e-3, to 1e-6]
     mixing_lr_scale: float = 1.0  # the mixing weights, one number a tap, learn at so many times `lr`
-    weight_decay: float = 1e-3  # [1e-3]
+    weight_decay: float = 1e-3  # of AdamW [1e-3]
     warmup: float = 0.03  # share of the steps in which the learning rate rises
     clip: float = 1.0  # largest gradient norm
     accumulate: int = 1  # batches an optimiser step
-    views: int = 4  # K: views an image in the cache; the first is the image as it is, the others are augmented.
-    # Without a cache every look is a view of its own; 1: only the image as it is.
-    seed: int = 0
+    # K: without a cache every look is a view of its own.
+    views: int = 4  # views an image in the cache, the first the image as it is, the others augmented; 1: only that one
+    seed: int = 0  # of batches and views
     checkpoint_every: int = 200  # steps
     validate_every: int = 0  # steps; 0: at the end only
     without: tuple[str, ...] = ()  # ablations, left as they start: "adapters" (zero), "mixing" (equal weights)
