@@ -679,10 +679,15 @@ class SketchFusion(nn.Module):
         yield from self.aggregator.parameters()
 
     def reset(self) -> None:
-        """Back to untrained: adapters at zero, the aggregator drawn anew from torch's generator."""
+        """Back to untrained: adapters at zero, the aggregator drawn anew from torch's generator.
+
+        The configuration's `task` and `metrics` go with them. `training_data` stays, since the bundled backbones saw it
+        too: replace it where yours did not.
+        """
         adapters, aggregator = self._untrained()
         self.adapters.load_state_dict(adapters.state_dict())
         self.aggregator.load_state_dict(aggregator.state_dict())
+        self.config = dataclasses.replace(self.config, task=None, metrics={})
         self._warned_untrained = False
 
     def unfold(self) -> None:

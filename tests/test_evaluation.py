@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from sketchfusion import ConfigError, Features, LoadError, SketchFusion, SketchFusionError
+from sketchfusion import ConfigError, Features, ImageError, LoadError, SketchFusion, SketchFusionError
 from sketchfusion.data import DataError, DataSet, Record, limited
 from sketchfusion.evaluation import PROTOCOLS, ROWS, Extractor, evaluate
 from sketchfusion.evaluation.protocols import (
@@ -28,8 +28,9 @@ from sketchfusion.evaluation.protocols import (
     zs_sbir,
 )
 from sketchfusion.evaluation.report import METRICS, PAPER, TITLES, bars, text
-from sketchfusion.images import collate, letterbox
+from sketchfusion.images import Preprocess, collate, letterbox
 from sketchfusion.tasks.segmentation import mask_iou
+from sketchfusion.training.cache import Entry, pixels_of
 
 # ---- rows
 
@@ -134,6 +135,23 @@ def test_rows_share_the_work_and_leave_the_model_as_it_was(model: SketchFusion, 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_drawing_that_cannot_be_drawn_is_named(model: SketchFusion, tmp_path: Path) -> None:
+    zigzag = [[[x % 100 for x in range(20000)], [x * 37 % 100 for x in range(20000)]]]
+    pen = " ".join(f"{x},{y}" for x, y in zip(*zigzag[0], strict=True))
+    (tmp_path / "a.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100"><polyline stroke="black" fill="none" '
+        f'stroke-width="60" points="{pen}"/></svg>'
+    )
+    record = Record(str(tmp_path / "a.svg"), "sketch", "a")
+    for encode in (
+        lambda: list(Extractor(model, ["semantic"]).stream([record])),
+        lambda: pixels_of([Entry(record, 0)], model.preprocess, seed=0),
+    ):
+        with pytest.raises(ImageError, match="too many lines") as caught:
+            encode()
+        assert caught.value.source == record.path
+
+
 def test_batches_do_not_matter(model: SketchFusion, images: list[np.ndarray]) -> None:
     together, single = (by_row(Extractor(model, batch_size=size), images) for size in (3, 1))
     assert all(same(together[row], single[row]) for row in ROWS)
@@ -201,9 +219,11 @@ class Made:
 
     rows = ("made",)
     source = "by hand"
+    ensemble = 1
+    preprocess = Preprocess(8)
 
     class model:
-        device = torch.device("cpu")
+        device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(
         self, features: Callable[[Record], tuple[list[float], torch.Tensor]], photo_side: int = 8, batch: int = 3
@@ -248,8 +268,8 @@ def test_category_retrieval_by_hand() -> None:
     assert result.figures["acc_1"] == pytest.approx(2 / 3)
     assert (result.figures["queries"], result.figures["gallery"]) == (3, 4)
     row = result.to_dict()
-    assert {"row", "task", "data", "split", "model", "queries", "gallery", "map_all", "map_200", "p_200", "p_100",
-            "acc_1", "acc_5", "convention", "ties"} == row.keys()  # fmt: skip
+    assert {"row", "task", "data", "split", "model", "dtype", "ensemble", "size", "queries", "gallery", "map_all",
+            "map_200", "p_200", "p_100", "acc_1", "acc_5", "convention", "ties"} == row.keys()  # fmt: skip
     assert (row["convention"], row["model"], row["split"]) == ("zse", "by hand", "made by hand")
     found = {example.query.path: [(photo.path, right) for photo, right in example.found] for example in result.examples}
     assert found["s3"] == [("p2", False), ("p3", True), ("p1", False), ("p4", True)]
@@ -718,7 +738,7 @@ def test_a_report_without_matplotlib_says_what_to_install(
 def test_a_figure_without_rows_of_the_papers_has_no_marks() -> None:
     pytest.importorskip("matplotlib")
     figures = dict.fromkeys(METRICS["zs-sbir"], 0.5) | {"convention": "zse"}
-    result = Result("zs-sbir", "./dino", "Sketchy", "all", "mini", figures)
+    result = Result("zs-sbir", "./dino", "Sketchy", "all", "mini", "float32", 1, 256, figures)
     assert [len(axes.lines) for axes in bars([result]).axes] == [0] * len(bars([result]).axes)
 
 

@@ -454,6 +454,17 @@ def test_untrained_models_begin_as_plain_diffusion_features_and_warn_once(untrai
         untrained.encode(PICTURES[0])
 
 
+def test_reset_forgets_what_was_trained_and_what_it_was_for(model: SketchFusion) -> None:
+    model.config = dataclasses.replace(model.config, task="retrieval", training_data="seen", metrics={"mAP": 0.5})
+    before = [parameter.clone() for parameter in model.trainable_parameters()]
+    model.reset()
+    assert not any(parameter.any() for parameter in model.adapters.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.trainable_parameters(), strict=True))
+    assert (model.config.task, model.config.metrics, model.config.training_data) == (None, {}, "seen")
+    with pytest.warns(UserWarning, match="UNTRAINED"):
+        model.encode(torch.rand(3, 8, 8))
+
+
 def test_to_moves_everything_and_what_is_trained_stays_float32(model: SketchFusion) -> None:
     before = [p.clone() for p in model.trainable_parameters()]
     model.to(torch.bfloat16)

@@ -266,6 +266,13 @@ class TestRetrievalBatches:
             assert [s.photo for s in sketches] == [p.photo for p in photos]
             assert len({p.photo for p in photos}) == len(photos) == 6
 
+    def test_photos_that_nobody_drew_are_no_records_of_the_fine_level(self) -> None:
+        data = drawn_set()
+        bare = [Record(f"more{i}.jpg", "photo", "a", photo=f"a/more{i}") for i in range(5)]
+        task = Retrieval(DataSet("drawn", data.classes, (*data.records, *bare), "all"), level="fine")
+        seen = {record for seed in range(40) for record in task.batch(np.random.default_rng(seed))}
+        assert seen == set(task.records)
+
     def test_the_same_seed_gives_the_same_batch(self) -> None:
         task = Retrieval(drawn_set())
         first, again, other = (task.batch(np.random.default_rng(s)) for s in (1, 1, 2))
@@ -273,8 +280,15 @@ class TestRetrievalBatches:
 
     def test_nothing_to_train_on(self) -> None:
         photos = DataSet("set", ("a",), drawn_set().photos, "photos only")
-        with pytest.raises(SketchFusionError, match="no class has both sketches and photos"):
+        with pytest.raises(SketchFusionError, match="0 classes with both sketches and photos"):
             Retrieval(photos)
+        # Where all is relevant, features that are all the same have no loss.
+        alone = DataSet("set", ("a",), tuple(r for r in drawn_set().records if r.label == "a"), "one class")
+        with pytest.raises(SketchFusionError, match="1 classes with"):
+            Retrieval(alone)
+        single = DataSet("set", ("a",), (*alone.photos, *alone.sketches[:2]), "one drawn photo")
+        with pytest.raises(SketchFusionError, match="1 photos with sketches drawn from them"):
+            Retrieval(single, level="fine")
         with pytest.raises(ConfigError, match="category, fine"):
             Retrieval(drawn_set(), level="instance")
 
@@ -402,6 +416,26 @@ class TestSegmentation:
         assert cosines[:, 25:].max() < 0.01
         assert mask_iou(predict(cosines, 0.5), truth) > 0.9
         assert THRESHOLD == 0.47
+
+    def test_similarity_is_sampled_at_the_centres_of_pixels(self) -> None:
+        grid, (width, height) = 8, (40, 20)
+        angles = torch.linspace(0.2, 1.2, grid)
+        dense = torch.stack([angles.cos(), angles.sin()])[:, None].expand(2, grid, grid)
+        cosines = similarity(torch.tensor([1.0, 0.0]), Features(None, dense, letterbox(width, height, 64)))
+        cells = (np.arange(width) + 0.5) / width * grid - 0.5
+        expected = np.interp(cells, np.arange(grid), angles.cos().numpy())
+        np.testing.assert_allclose(cosines.numpy(), np.tile(expected, (height, 1)), atol=1e-5)
+
+    def test_a_mask_that_does_not_fit_its_photo_is_named(self) -> None:
+        photos = DataSet("set", ("a",), (Record("lying.jpg", "photo", "a", mask="standing.png"),), "all")
+        task = Segmentation(photos, drawn_set(), pairs=1)
+        records = task.batch(np.random.default_rng(0))
+        features, mask = half_and_half()
+        assert features.dense is not None
+        batch = Features(torch.rand(2, 2), torch.stack([features.dense] * 2), collate([features.geometry] * 2))
+        samples = [Sample(records[0], {}, mask.T), Sample(records[1], {}, None)]
+        with pytest.raises(SketchFusionError, match=r"standing.png is 20 x 40 and its photo lying.jpg 40 x 20"):
+            task.loss(batch, samples)
 
     def test_metrics_by_hand(self) -> None:
         ours = torch.tensor([[True, True], [False, False]])

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sketchfusion import ConfigError, ImageError, LoadError, SketchFusion, SketchFusionError, cli, progress
 from sketchfusion.data import DataSet, Record
@@ -35,10 +36,10 @@ from sketchfusion.tasks.recognition import Recognition
 from sketchfusion.tasks.retrieval import Retrieval
 from sketchfusion.tasks.segmentation import Segmentation
 from sketchfusion.training import Settings, cache, train
-from sketchfusion.training.cache import SHARD, Entry, FrozenCache, backbones_key, pixels_of
+from sketchfusion.training.cache import Entry, FrozenCache, backbones_key, pixels_of
 from sketchfusion.training.checkpoints import HEAD, STATE, load_head
 from sketchfusion.training.jobs import Apart, make_job, make_jobs
-from sketchfusion.training.loop import _look_at, fingerprint
+from sketchfusion.training.loop import _Batches, _look_at, fingerprint
 from sketchfusion.training.views import View, draw_view, look
 
 DOT = '<path d="M50 80h0.01" fill="none" stroke="black" stroke-width="6"/>'
@@ -282,12 +283,13 @@ class TestGoingOn:
         ours, theirs = ([row["loss"] for row in rows(tmp_path / name / "log.csv")] for name in "ab")
         assert ours == pytest.approx(theirs, rel=1e-4)
 
-    @pytest.mark.parametrize("name", ["retrieval", "recognition"])
+    @pytest.mark.parametrize(("name", "accumulate"), [("retrieval", 1), ("recognition", 1), ("retrieval", 2)])
     def test_a_run_in_two_pieces_is_the_run_in_one(
-        self, name: str, untrained: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, name: str, accumulate: int, untrained: SketchFusion, shapes: DataSet, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
         start = snapshot(untrained)
-        plan = Settings(steps=6, checkpoint_every=2, views=3)
+        plan = Settings(steps=6, checkpoint_every=2, views=3, accumulate=accumulate)
 
         def piece(out: Path, last: int | None = None) -> None:
             untrained.load_state_dict(start)
@@ -307,13 +309,33 @@ class TestGoingOn:
                 train(untrained, task, out, plan)
 
         piece(tmp_path / "whole")
-        piece(tmp_path / "pieces", last=5)  # the state is that after four steps, the log has a fifth
+        piece(tmp_path / "pieces", last=5 * accumulate)  # the state is that after four steps, the log has a fifth
         piece(tmp_path / "pieces")
         whole, pieces = (rows(tmp_path / part / "log.csv") for part in ("whole", "pieces"))
         assert [row["step"] for row in pieces] == [1, 2, 3, 4, 5, 6]
         assert [row["loss"] for row in pieces] == [row["loss"] for row in whole]
         weights = [(tmp_path / part / "model.safetensors").read_bytes() for part in ("whole", "pieces")]
         assert weights[0] == weights[1]
+
+    def test_a_head_that_began_at_random_goes_on(
+        self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+    ) -> None:
+        start = snapshot(untrained)
+        for seed in (1, 2):
+            untrained.load_state_dict(start)
+            torch.manual_seed(seed)  # another process, in which nobody gave a seed
+            task = Recognition(shapes, 32, batch_size=8)
+            train(untrained, task, tmp_path, FEW)
+        head, _ = load_head(tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(head.parameters(), task.parameters(), strict=True))
+
+    def test_nothing_is_left_of_another_run(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        train(untrained, tasks_of("recognition", shapes, 32), tmp_path, FEW, validate=lambda _: {"metric": 0.5})
+        (tmp_path / STATE).unlink()
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
+        assert not (tmp_path / "validation.csv").exists()
+        with pytest.raises(LoadError, match="no head"):
+            load_head(tmp_path)
 
     def test_a_finished_run_is_not_run_again(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
         plan = Settings(steps=2, views=1)
@@ -408,7 +430,7 @@ class TestCache:
     ) -> None:
         self.make(model, shapes, tmp_path)
         times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-        assert len(times) == -(-len(shapes.records) * 3 // SHARD)
+        assert len(times) == 1
         monkeypatch.setattr(model, "embed", None)  # would fail if anything was computed again
         self.make(model, shapes, tmp_path)
         assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
@@ -446,9 +468,26 @@ class TestCache:
         monkeypatch.setattr(model, "embed", dying)
         with pytest.raises(KeyboardInterrupt):
             self.make(model, shapes, tmp_path)
-        assert len(list(tmp_path.iterdir())) == 1  # of 20 views, of two batches each
+        kept = sum(len(load_file(path)["latents"]) for path in tmp_path.iterdir())
+        assert kept
         self.make(model, shapes, tmp_path)
-        assert sum(calls[4:]) == len(shapes.records) * 3 - 20
+        assert sum(calls[4:]) == len(shapes.records) * 3 - kept
+
+    @pytest.mark.parametrize("change", ["an image less", "a view more"])
+    def test_what_changes_little_makes_few_files_anew(
+        self, change: str, model: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sketchfusion.training.cache.SHARD", 4)
+        self.make(model, shapes, tmp_path, views=2)
+        before = set(tmp_path.iterdir())
+        records, views = (shapes.records[1:], 2) if change == "an image less" else (shapes.records, 3)
+        cache = FrozenCache(model, records, views, tmp_path, seed=0)
+        made = sum(len(load_file(path)["latents"]) for path in set(tmp_path.iterdir()) - before)
+        wanted = 0 if change == "an image less" else len(records)
+        assert wanted <= made <= wanted + 4 * 2 * 4  # two files of the largest size behind each gap
+        entries = [Entry(record, views - 1) for record in records]
+        pixels, _ = pixels_of(entries, model.preprocess, seed=0)
+        torch.testing.assert_close(cache.fetch(entries).latents, model.embed(pixels)[0], rtol=1e-4, atol=1e-4)
 
     def test_a_damaged_file_is_named(self, model: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
         self.make(model, shapes, tmp_path)
@@ -583,8 +622,61 @@ class TestSettings:
             assert {n: float(d) for n, d in moved.items()} == pytest.approx(longest, rel=0.05)
 
     def test_accumulated_batches_are_one_step(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
-        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, dataclasses.replace(FEW, accumulate=3))
-        assert len(rows(tmp_path / "log.csv")) == 4
+        plan = Settings(steps=1, accumulate=3, clip=1e9, views=1)
+        task = tasks_of("recognition", shapes, 32)
+        learned = [*untrained.trainable_parameters(), *task.parameters()]
+        with _Batches(untrained, [task], plan, None, rank=0, first=0) as batches:
+            for (latents, tokens, geometry), (samples,) in itertools.islice(batches, 3):
+                loss, _ = task.loss(untrained.fuse(latents, tokens, geometry), samples)
+                (loss / 3).backward()
+        norms = [parameter.grad.norm() for parameter in learned if parameter.grad is not None]
+        untrained.zero_grad()
+        task.zero_grad()
+        train(untrained, task, tmp_path, plan)
+        (line,) = rows(tmp_path / "log.csv")
+        assert line["grad_norm"] == pytest.approx(float(torch.stack(norms).norm()), rel=1e-3)
+
+    def test_every_process_draws_batches_of_its_own(self, untrained: SketchFusion, shapes: DataSet) -> None:
+        drawn = []
+        for rank in (0, 1, 0):
+            with _Batches(untrained, [tasks_of("retrieval", shapes, 32)], FEW, None, rank=rank, first=0) as batches:
+                _, (samples,) = next(batches)
+            drawn.append([sample.record for sample in samples])
+        assert drawn[0] == drawn[2] != drawn[1]
+
+    def test_a_gradient_that_is_not_finite_stops_the_run(
+        self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        task = tasks_of("retrieval", shapes, 32)
+        monkeypatch.setattr(task, "loss", lambda features, _: ((features.pooled.sum() * 0).sqrt(), {}))
+        before = snapshot(untrained)
+        with pytest.raises(SketchFusionError, match="gradient is nan at step 1"):
+            train(untrained, task, tmp_path, dataclasses.replace(FEW, checkpoint_every=1))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in untrained.state_dict().items())
+        assert not (tmp_path / STATE).exists()
+
+    def test_too_little_memory_is_said(
+        self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        task = tasks_of("retrieval", shapes, 32)
+        monkeypatch.setattr(task, "loss", full)
+        with pytest.raises(SketchFusionError, match="out of memory on cpu for steps of 12 images"):
+            train(untrained, task, tmp_path, FEW)
+
+    def test_parts_of_a_loss_that_come_and_go_keep_their_columns(
+        self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        task = tasks_of("retrieval", shapes, 32)
+        parts: Any = iter([{"a": 1.0, "b": 2.0}, {"b": 3.0}, {}, {"c": 4.0}])
+        monkeypatch.setattr(task, "loss", lambda features, _: (features.pooled.sum(), next(parts)))
+        with pytest.raises(SketchFusionError, match=r"no column 'retrieval\.c'"):
+            train(untrained, task, tmp_path, FEW)
+        with (tmp_path / "log.csv").open() as file:
+            lines = [(line["retrieval.a"], line["retrieval.b"]) for line in csv.DictReader(file)]
+        assert lines == [("1", "2"), ("", "3"), ("", "")]
 
     def test_a_loss_that_is_not_finite_stops_the_run(
         self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -594,6 +686,11 @@ class TestSettings:
         with pytest.raises(SketchFusionError, match="nan at step 1"):
             train(untrained, task, tmp_path, FEW)
         assert not (tmp_path / "model.safetensors").exists()
+
+    def test_nothing_to_draw(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+        for nothing in ([], [Recognition(shapes, 32, batch_size=0)]):
+            with pytest.raises(ConfigError, match="draw no images"):
+                train(untrained, nothing, tmp_path, FEW)
 
 
 def test_finetuning_reaches_the_backbones_and_is_saved(
@@ -685,7 +782,7 @@ def test_without_a_terminal_lines_say_what_is_left(
     with caplog.at_level("INFO"):
         FrozenCache(untrained, shapes.records[:12], 1, tmp_path / "cache", seed=0)
     lines = [record.getMessage() for record in caplog.records if " s left" in record.getMessage()]
-    assert lines[0].startswith("cache: view 4 of 12, ")
+    assert re.match(r"cache: view \d of 12, ", lines[0])
     assert not lines[0].endswith(" 0 s left")
     assert lines[-1] == "cache: view 12 of 12, 0 s left"
     caplog.clear()
@@ -696,8 +793,15 @@ def test_without_a_terminal_lines_say_what_is_left(
     assert lines == ["encode: image 1", "encode: image 2"]
 
 
+def test_float16_cannot_be_trained_on_a_cpu(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+        train(untrained.half(), tasks_of("retrieval", shapes, 32), tmp_path, FEW)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 is trained on CUDA")
 def test_runs_of_two_dtypes_in_one_process(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
     """accelerate remembers the precision of the first."""
+    untrained.to("cuda")
     half = copy.deepcopy(untrained).half()
     for name, model in (("single", untrained), ("half", half)):
         train(model, tasks_of("retrieval", shapes, 32), tmp_path / name, dataclasses.replace(FEW, steps=1))
@@ -848,6 +952,12 @@ class TestJobs:
             assert not any(set(Apart.of(job.task.records).images) & other.apart.images for other in jobs)
             assert job.task.records
         assert "without what others are validated on" in jobs[1].shown
+
+    def test_an_image_is_known_behind_a_link(self, shapes: DataSet, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(Path(shapes.records[0].path).parent)
+        linked = dataclasses.replace(shapes.records[0], path=str(tmp_path / "link" / Path(shapes.records[0].path).name))
+        assert linked not in shapes.records
+        assert len(Apart.of([linked]).taken_from(shapes).records) == len(shapes.records) - 1
 
     def test_an_image_is_known_in_whatever_set_it_is(self, model: SketchFusion, shapes: DataSet) -> None:
         """PSC6K's images are Sketchy's, with key points; TU-Berlin spells classes in another way."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,14 +60,23 @@ class Record:
             return self._open_bitmap(self.row)
         return open_image(self.path)
 
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Inside, an ImageError over what was opened names the file, as one over a file does."""
+        try:
+            yield
+        except ImageError as error:
+            if error.source == self.path:
+                raise
+            line = f"the line at byte {self.row}: " if self.path.endswith(".ndjson") else ""
+            raise ImageError(f"{line}{error.problem}", source=self.path) from None
+
     def _open_line(self, byte: int) -> Strokes:
         with open_regular(self.path) as file:
             file.seek(byte)
             line = file.readline()
-        try:
+        with self.named():
             return Strokes.from_quickdraw(line)
-        except ImageError as error:
-            raise ImageError(f"the line at byte {byte}: {error.problem}", source=self.path) from None
 
     def _open_bitmap(self, row: int) -> Image.Image | Strokes:
         try:

@@ -18,7 +18,7 @@ from ..features import Features
 from ..tasks.correspondence import match, pck
 from ..tasks.recognition import accuracy, fit_linear
 from ..tasks.retrieval import CONVENTIONS, TIES, rank_metrics, search
-from ..tasks.segmentation import THRESHOLD, mask_iou, pixel_accuracy, predict, similarity
+from ..tasks.segmentation import THRESHOLD, check_mask, mask_iou, pixel_accuracy, predict, similarity
 from .rows import Extractor
 
 SAME_POSITION, WHOLE_PHOTO = "same-position", "whole-photo"  # answers without looking
@@ -42,6 +42,9 @@ class Result:
         row: the extractor, see `ROWS`.
         data, split: the set, and which part of it, in words.
         model: what the model is called.
+        dtype: that the backbones computed in.
+        ensemble: noised copies an image.
+        size: side of the canvas, pixels.
         figures: counts, settings and metrics by name; shares are 0 to 1.
         ties: the rule for equal similarities, where something is ranked.
         examples: some queries and what they found, where something is retrieved.
@@ -52,14 +55,21 @@ class Result:
     data: str
     split: str
     model: str
+    dtype: str
+    ensemble: int
+    size: int
     figures: dict[str, Any]
     ties: str | None = None
     examples: tuple[Example, ...] = dataclasses.field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """One flat object for JSON, without the examples."""
-        named = {name: getattr(self, name) for name in ("row", "task", "data", "split", "model")}
-        return named | self.figures | ({} if self.ties is None else {"ties": self.ties})
+        names = ("row", "task", "data", "split", "model", "dtype", "ensemble", "size")
+        return (
+            {name: getattr(self, name) for name in names}
+            | self.figures
+            | ({} if self.ties is None else {"ties": self.ties})
+        )
 
 
 # ---- retrieval
@@ -344,32 +354,28 @@ def segmentation(extractor: Extractor, data: DataSet, sketches: DataSet, *, quer
     vectors = _pooled(extractor, used)
     rows = (*extractor.rows, WHOLE_PHOTO)
     scores: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}  # a photo's IoU and pAcc
-    curves: dict[str, list[Tensor]] = {row: [] for row in rows}  # and its IoU at each of THRESHOLDS
+    curves = {row: torch.zeros(len(THRESHOLDS), dtype=torch.float64) for row in rows}  # the IoUs at each, summed
     for start, row, batch in extractor.stream(photos):
         for i, features in enumerate(batch, start):
             truth = torch.from_numpy(photos[i].read_mask())
-            if truth.shape != (features.geometry.height, features.geometry.width):
-                raise DataError(
-                    f"the mask {photos[i].mask} is {truth.shape[1]} x {truth.shape[0]} and its photo {photos[i].path} "
-                    f"{features.geometry.width} x {features.geometry.height}"
-                )
+            check_mask(photos[i], truth, features.geometry)
             maps = [similarity(vectors[row][number[one]].to(features.dense.device), features).cpu() for one in asked[i]]
             masks = [predict(cosines) for cosines in maps]
             scores[row].append(
                 (fmean(mask_iou(mask, truth) for mask in masks), fmean(pixel_accuracy(mask, truth) for mask in masks))
             )
-            curves[row].append(torch.stack([_ious(cosines, truth) for cosines in maps]).mean(0))
+            curves[row] += torch.stack([_ious(cosines, truth) for cosines in maps]).mean(0)
             if row == extractor.rows[0]:
                 everything = torch.ones_like(truth)
                 scores[WHOLE_PHOTO].append((mask_iou(everything, truth), pixel_accuracy(everything, truth)))
-                curves[WHOLE_PHOTO].append(_ious(everything.float(), truth))
+                curves[WHOLE_PHOTO] += _ious(everything.float(), truth)
     results = []
     for row in rows:
         ious, accuracies = zip(*scores[row], strict=True)
         by_class = defaultdict(list)
         for photo, iou in zip(photos, ious, strict=True):
             by_class[str(photo.label)].append(iou)
-        best, at = torch.stack(curves[row]).mean(0).max(0)
+        best, at = (curves[row] / len(photos)).max(0)
         figures = {
             "photos": len(photos),
             "sketches": len(used),
@@ -442,4 +448,5 @@ def _result(
     ties: str | None = None,
     examples: tuple[Example, ...] = (),
 ) -> Result:
-    return Result(task, row, data.name, data.split, extractor.source, figures, ties, examples)
+    how = (str(extractor.model.dtype).removeprefix("torch."), extractor.ensemble, extractor.preprocess.size)
+    return Result(task, row, data.name, data.split, extractor.source, *how, figures, ties, examples)

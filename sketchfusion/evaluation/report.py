@@ -158,9 +158,10 @@ def markdown(results: Sequence[Result], featured: Result) -> str:
         SAME_POSITION: "the same relative position in the photo, looking at nothing",
         WHOLE_PHOTO: "everything is the mask, looking at nothing",
     }
+    title, *rules = header(first)
     parts = [
-        f"# {first.task} on {first.data}, model {first.model}",
-        "  \n".join(header(first)[1:]),
+        f"# {title}",
+        "  \n".join(rules),
         pipes(table(results)),
         "\n".join(f"- `{one.row}`: {meanings.get(one.row, 'another encoder, its patch tokens')}" for one in results),
         "Rows that lack something lack it at test time: there is one trained model.",
@@ -190,7 +191,9 @@ def header(result: Result) -> list[str]:
     """What was measured on what, and by which rules."""
     figures = result.figures
     counts = [f"{value:,} {name}" for name, value in figures.items() if isinstance(value, int)]
-    lines = [f"{result.task} on {result.data}, model {result.model}", result.split, ", ".join(counts)]
+    noises = f"{result.ensemble} noise{'s' if result.ensemble > 1 else ''}"
+    how = f"model {result.model}, {result.dtype}, {noises}, {result.size} px"
+    lines = [f"{result.task} on {result.data}, {how}", result.split, ", ".join(counts)]
     if figures.get("gallery_of") == "class":
         lines[-1] += ", of which each query sees those of its own class"
     if result.ties is not None:

@@ -82,7 +82,7 @@ class Extractor:
                 legal = f"{', '.join(ROWS)}, and encoders: a Hub repository (owner/name) or a folder"
                 raise ConfigError("rows", f"there is no row {row!r}", legal=legal)
         self.model, self.rows, self.source = model, tuple(rows), source
-        self.ensemble, self.progress = ensemble, progress
+        self.ensemble, self.progress = model.config.ensemble if ensemble is None else ensemble, progress
         self.batch_size = batch_size or model.default_batch_size
         self.preprocess = model.preprocess if size is None else Preprocess(size)
         self._encoders = {row: load_encoder(row, model.device, model.dtype) for row in rows if row not in ROWS}
@@ -116,7 +116,10 @@ class Extractor:
                 bar.advance(len(batch))
 
     def _read(self, image: Record | ImageInput) -> tuple[Tensor, Geometry]:
-        return self.preprocess(image.open() if isinstance(image, Record) else image)
+        if not isinstance(image, Record):
+            return self.preprocess(image)
+        with image.named():
+            return self.preprocess(image.open())
 
     @torch.no_grad()
     def extract(self, pixels: Tensor, geometry: Geometry) -> Iterator[tuple[str, Features]]:

@@ -71,7 +71,8 @@ class Retrieval(nn.Module):
 
     Raises:
         ConfigError: no such level or loss.
-        SketchFusionError: no class has both sketches and photos.
+        SketchFusionError: fewer than two classes have both sketches and photos, or at the fine level fewer than two
+            photos have sketches: nothing that is found could be wrong.
     """
 
     name = "retrieval"
@@ -95,20 +96,23 @@ class Retrieval(nn.Module):
         self.classes, self.per_class = classes, per_class
         photos, sketches = _by_class(data.photos), _by_class(data.sketches)
         if level == "fine":
-            shown = {record.photo for record in data.photos} - {None}
-            sketches = _by_class(tuple(sketch for sketch in data.sketches if sketch.photo in shown))
-            self._photo_of = {record.photo: record for record in data.photos}
+            named = (record for record in data.photos if record.photo is not None)
+            self._photo_of: dict[str | None, Record] = {record.photo: record for record in named}
+            drawn = [sketch for sketch in data.sketches if sketch.photo in self._photo_of]
+            sketches = _by_class(drawn)
+            shown = {sketch.photo for sketch in drawn}
+            photos = _by_class([photo for name, photo in self._photo_of.items() if name in shown])
         self._photos = {name: photos[name] for name in sorted(photos.keys() & sketches.keys())}
         self._sketches = {name: sketches[name] for name in self._photos}
         self._by_photo = {
             name: list(_grouped(group, lambda sketch: sketch.photo).values()) for name, group in self._sketches.items()
         }
-        if not self._photos:
-            raise SketchFusionError(
-                f"{data.name} ({data.split}): no class has both sketches and photos"
-                + (" that they were drawn from" if level == "fine" else "")
-                + ": retrieval cannot be trained on it"
+        different = sum(map(len, self._photos.values())) if level == "fine" else len(self._photos)
+        if different < 2:
+            what = (
+                "photos with sketches drawn from them" if level == "fine" else "classes with both sketches and photos"
             )
+            raise SketchFusionError(f"{data.name} ({data.split}) has {different} {what}: retrieval needs two or more")
         self.records = tuple(r for part in (self._sketches, self._photos) for group in part.values() for r in group)
 
     def batch(self, generator: np.random.Generator) -> list[Record]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import DataSet, Record
+from ..data import DataError, DataSet, Record
 from ..errors import SketchFusionError
 from ..features import Features
 from ..images import Geometry
@@ -33,7 +33,7 @@ class Segmentation(nn.Module):
         others: weight of the pairs in which there is nothing to find.
 
     Raises:
-        SketchFusionError: no class has both photos with masks and sketches.
+        SketchFusionError: no class has both photos with masks and sketches; in training, a mask does not fit its photo.
     """
 
     name = "segmentation"
@@ -74,6 +74,7 @@ class Segmentation(nn.Module):
         for i, sample in enumerate(samples[:half]):
             assert sample.mask is not None  # `records` has only photos with masks
             geometry = features.geometry.image(i)
+            check_mask(sample.record, sample.mask, geometry)
             truths.append(on_canvas(sample.mask.float(), geometry, grid))
             insides.append(geometry.mask(grid))
         truth, inside = torch.stack(truths).to(logits.device), torch.stack(insides).to(logits.device)
@@ -86,6 +87,16 @@ class Segmentation(nn.Module):
         own = costs.diagonal().mean()
         other = costs[absent].mean() if absent.any() else costs.new_zeros(())
         return own + self.others * other, {"mask": own.item(), "others": other.item()}
+
+
+def check_mask(record: Record, mask: Tensor, geometry: Geometry) -> None:
+    """Raise a DataError unless the mask (H, W) of a photo is as large as the photo."""
+    height, width = mask.shape
+    if (width, height) != (geometry.width, geometry.height):
+        raise DataError(
+            f"the mask {record.mask} is {width} x {height} and its photo {record.path} "
+            f"{geometry.width} x {geometry.height}"
+        )
 
 
 def on_canvas(mask: Tensor, geometry: Geometry, grid: int) -> Tensor:

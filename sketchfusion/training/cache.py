@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -28,7 +28,7 @@ from .views import draw_view, look
 
 log = logging.getLogger(__name__)
 
-SHARD = 256  # views a file
+SHARD = 256  # views a file, by and large
 WORKERS = min(16, os.cpu_count() or 1)
 
 
@@ -61,15 +61,18 @@ def pixels_of(entries: Iterable[Entry], preprocess: Preprocess, seed: int) -> tu
 
 def _opened(entry: Entry, preprocess: Preprocess, seed: int) -> tuple[Tensor, Geometry]:
     view = draw_view(entry.record, entry.view, seed)
-    return preprocess(look(entry.record, view, preprocess.size))
+    with entry.record.named():
+        return preprocess(look(entry.record, view, preprocess.size))
 
 
 class FrozenCache:
     """Latents and tokens of `views` views of every record, in safetensors files of one folder.
 
-    A file holds `SHARD` views and is named by all that its contents depend on: the images' bytes, the views, the
+    A file holds some `SHARD` views and is named by all that its contents depend on: the images' bytes, the views, the
     backbones' weights, sizes and dtype. So it is found again by another run, and never by one it does not fit; it
-    appears complete or not at all, so a killed run goes on where it was. Old files are left for the user to delete.
+    appears complete or not at all, so a killed run goes on where it was. What it holds decides where it ends, and the
+    first views of all images come before the second: a run with a class less, a task or a view more makes few files
+    anew. Old files are left for the user to delete.
 
     Args:
         model: whose backbones do the work.
@@ -93,15 +96,15 @@ class FrozenCache:
         world: int = 1,
         progress: bool | None = None,
     ):
-        entries = [Entry(record, view) for record in records for view in range(views)]
         keys = dict(zip(records, _content_keys(records), strict=True))
         common = backbones_key(model)
-        shards = [entries[i : i + SHARD] for i in range(0, len(entries), SHARD)]
+        shards: list[list[Entry]] = []
         make_folder(folder)
         self._paths: list[Path] = []
-        for shard in shards:
-            parts = [common, *(f"{keys[e.record]} {draw_view(e.record, e.view, seed)}" for e in shard)]
-            self._paths.append(folder / f"{_digest(json.dumps(parts).encode())}.safetensors")
+        entries = (Entry(record, view) for view in range(views) for record in records)
+        for names, shard in _shards((f"{keys[e.record]} {draw_view(e.record, e.view, seed)}", e) for e in entries):
+            shards.append(shard)
+            self._paths.append(folder / f"{_digest(json.dumps([common, *names]).encode())}.safetensors")
         self._places = {entry: (s, row) for s, shard in enumerate(shards) for row, entry in enumerate(shard)}
         self._files: dict[int, Any] = {}
         missing = [s for s, path in enumerate(self._paths) if not path.exists()]
@@ -153,6 +156,22 @@ class FrozenCache:
             tokens.append(file.get_slice("tokens")[row : row + 1])
             geometry.append(file.get_slice("geometry")[row : row + 1])
         return Embedded(torch.cat(latents), torch.cat(tokens), Geometry(*torch.cat(geometry).unbind(1)))
+
+
+def _shards(entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[list[str], list[Entry]]]:
+    """Runs of entries and their names: half of `SHARD` to twice it, ending behind a name that says so by its digest."""
+    names: list[str] = []
+    run: list[Entry] = []
+    half = max(1, SHARD // 2)
+    for name, entry in entries:
+        names.append(name)
+        run.append(entry)
+        ends = int(_digest(name.encode())[:8], 16) % half == 0
+        if (ends and len(run) >= half) or len(run) == 2 * SHARD:
+            yield names, run
+            names, run = [], []
+    if run:
+        yield names, run
 
 
 def _digest(data: bytes) -> str:

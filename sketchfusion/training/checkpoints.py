@@ -59,7 +59,8 @@ class State:
                 metadata = file.metadata() or {}
                 if metadata.get("run") != self.run:
                     raise SketchFusionError(
-                        f"{self.path.parent} holds another run, with other settings, images or model: name another "
+                        f"{self.path.parent} holds another run, with other settings, images or model (one that begins "
+                        "at random needs torch.manual_seed before it is built): name another "
                         f"folder, or delete {self.path.name} to begin afresh there (an image that stopped a run has to "
                         "be replaced under its name for the run to go on)"
                     )

@@ -51,7 +51,7 @@ class Apart(NamedTuple):
 def _image(record: Record) -> tuple[str, int | None]:
     """Which image a record shows. A row of a mask says which thing on it is meant."""
     row = record.row if record.path.endswith((".ndjson", ".npy")) else None
-    return os.path.abspath(record.path), row
+    return os.path.realpath(record.path), row
 
 
 NOTHING = Apart()

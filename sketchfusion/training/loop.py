@@ -130,7 +130,8 @@ def train(
     """Train adapters, aggregator, mixing weights and the tasks' heads; write an ordinary checkpoint folder.
 
     A run that was killed is started again by the same call, goes on from `out/training.safetensors`, and comes to the
-    same losses. Under `accelerate launch` every process draws batches of its own.
+    same losses. (The same call begins with the same weights: before `from_backbones` or `reset`, which draw the
+    aggregator at random, say `torch.manual_seed`.) Under `accelerate launch` every process draws batches of its own.
 
     Args:
         model: trained in place. Its dtype is what the backbones compute in; what is trained stays float32.
@@ -151,9 +152,10 @@ def train(
         What `validate` returned at the end; else an empty dict.
 
     Raises:
-        ConfigError: a setting is illegal.
+        ConfigError: a setting is illegal, or the model's dtype is float16 on a CPU; there is no task, or one draws
+            no images.
         ImageError: naming an image that cannot be read.
-        SketchFusionError: `out` holds another run; the loss is not finite.
+        SketchFusionError: `out` holds another run; the loss or its gradient is not finite; out of memory on the GPU.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -162,8 +164,12 @@ def train(
     settings = settings or Settings()
     jobs: list[Task] = list(tasks) if isinstance(tasks, Sequence) else [tasks]
     out = Path(out)
+    if not jobs or not all(task.batch(np.random.default_rng(0)) for task in jobs):
+        raise ConfigError("tasks", "draw no images", legal="one task or more, with an image or more in each batch")
     # In half precision the gradients of a float16 UNet need a scaler; bfloat16 and float32 need nothing.
     half = model.dtype is torch.float16
+    if half and model.device.type == "cpu":  # accelerate has none there
+        raise ConfigError("dtype", "is float16", legal="float32 or bfloat16 to train on a CPU")
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # else accelerate would move it to the first
     precision = "fp16" if half else "no"
@@ -252,8 +258,11 @@ def _train(
     progress = progress if main else False
     # Before the cache, which can take hours: a folder that cannot be written to is better known at once.
     journal = _Journal(out / "log.csv", first) if main else None
-    if main and validate is not None:
-        _Journal(out / "validation.csv", first)  # without the lines of a run that was here before
+    if main and first and validate is not None:
+        _Journal(out / "validation.csv", first)
+    elif main and not first:
+        for stale in ("validation.csv", checkpoints.HEAD):  # of another run that was here before
+            (out / stale).unlink(missing_ok=True)
 
     kept = None
     if cache is not None:
@@ -284,20 +293,18 @@ def _train(
             torch.manual_seed(settings.seed + step)  # dropout, the same after a kill
             means: dict[str, float] = {}
             for micro in range(settings.accumulate):
-                embedded, samples = next(batches)
                 last = micro + 1 == settings.accumulate
-                with nullcontext() if last else accelerator.no_sync(prepared):
+                with _enough_memory(images, model.device), nullcontext() if last else accelerator.no_sync(prepared):
+                    embedded, samples = next(batches)
                     moved = (embedded.latents.to(accelerator.device), embedded.tokens.to(accelerator.device))
                     loss, parts = prepared(*moved, embedded.geometry, samples)
-                    if not torch.isfinite(loss):
-                        raise SketchFusionError(
-                            f"the loss is {loss.item()} at step {step + 1}: try a smaller learning rate, "
-                            "or dtype='bfloat16' or 'float32'"
-                        )
+                    _check_finite("loss", loss, step)
                     accelerator.backward(loss / settings.accumulate)
                 for name, value in {"loss": loss.item(), **parts}.items():
                     means[name] = means.get(name, 0.0) + value / settings.accumulate
             norm = accelerator.clip_grad_norm_([p for _, p in parameters], settings.clip)
+            if accelerator.scaler is None:  # which leaves out steps whose gradients overflow
+                _check_finite("gradient", norm, step)
             steps.step()
             steps.zero_grad()
             bar.advance(note=f"loss {means['loss']:.3f}")
@@ -332,6 +339,25 @@ def _train(
     return figures
 
 
+@contextmanager
+def _enough_memory(images: int, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SketchFusionError(
+            f"out of memory on {device} for steps of {images} images: train on fewer images a step (--images, and "
+            "--accumulate to make up for it), or with gradient checkpointing"
+        ) from error
+
+
+def _check_finite(name: str, value: Tensor, step: int) -> None:
+    if not torch.isfinite(value):
+        raise SketchFusionError(
+            f"the {name} is {value.item()} at step {step + 1}: try a smaller learning rate, or dtype='bfloat16' or "
+            "'float32', in another folder"
+        )
+
+
 def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, *, kept: bool, processes: int) -> str:
     """What a run is: two with the same fingerprint go through the same losses."""
     config = dataclasses.replace(model.config, task=None, training_data=None, metrics={}, license=None).to_dict()
@@ -341,7 +367,7 @@ def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, 
         plan.pop(key)
     shown = [(t.name, str(t), _plain(t), [_identity(record) for record in t.records]) for t in tasks]
     begun = hashlib.blake2b(digest_size=16)  # the weights that the run begins with
-    for tensor in (*model.trainable_parameters(), *(p for t in tasks for p in t.parameters())):
+    for tensor in model.trainable_parameters():  # a head's are the state's, however it began
         begun.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     frozen = digest_of(model.diffusion.vae, model.diffusion.unet, model.semantic.model)
     parts = [config, plan, shown, kept, processes, str(model.dtype), frozen, begun.hexdigest()]
@@ -457,13 +483,20 @@ class _Journal:
             whole = [line for line, fields in zip(lines[1:], width[1:], strict=True) if fields == width[0]]
             kept = lines[:1] + [line for line in whole if int(line.partition(",")[0]) <= step]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            self.names = next(csv.reader(kept[:1]), [])
 
     def write(self, values: dict[str, float]) -> None:
         with self._explained(), self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
-                writer.writerow(values)
-            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values.values())
+                self.names = list(values)
+                writer.writerow(self.names)
+            if new := [name for name in values if name not in self.names]:
+                raise SketchFusionError(
+                    f"{self.path} has no column {new[0]!r}: a task names the parts of its loss in its first batch"
+                )
+            cells = (values.get(name, "") for name in self.names)
+            writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
