@@ -159,7 +159,7 @@ def command_line() -> str:
             if value is True:  # what is on is turned off
                 shown, value = parameter.secondary_opts[0], None
             value = ", ".join(map(str, value)) if isinstance(value, list) else value
-            given = "required" if parameter.required else f"`{value}`" if value not in (None, "", False) else ""
+            given = "required" if parameter.required else "" if value in (None, "") or value is False else f"`{value}`"
             rows.append(f"| `{shown}` | {given} | {parameter.help} |\n")
         parts.append(f"## sketchfusion {name}\n\n{prose(command.callback)}\n{''.join(rows)}")
     return "\n".join(parts)

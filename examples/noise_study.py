@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sketchfusion import Features, SketchFusion
-from sketchfusion.evaluation.analysis import find_images
+from sketchfusion.data import find_images
 from sketchfusion.images import collate
 
 REFERENCE = 256

@@ -1,8 +1,8 @@
-"""`sketchfusion COMMAND --help`, or `python -m sketchfusion`, says what is written here.
+"""`sketchfusion COMMAND --help` says what is written here; `python -m sketchfusion` is `sketchfusion`.
 
 Results go to stdout, what is done and how far it is to stderr. A mistake is one line on stderr and exit code 2. The
 Hub's client reads from the environment `HF_TOKEN` (or `hf auth login`) for private repositories and `HF_HUB_CACHE` for
-where downloads are kept; with `HF_HUB_OFFLINE=1` the network is never touched.
+where downloads are kept; with `HF_HUB_OFFLINE=1` the Hub is never asked.
 """
 
 # Commands import what they need when they run: `--help` answers without torch.
@@ -96,7 +96,7 @@ def encode(
     out: Annotated[Path | None, typer.Option(help="Write the features to this safetensors file.")] = None,
     model: Model = "mini",
     as_json: Json = False,
-    dense: Annotated[bool, typer.Option(help="Pooled vectors only, or the dense maps too.")] = True,
+    dense: Annotated[bool, typer.Option(help="Keep the dense maps; without them pooled vectors only.")] = True,
     normalize: Annotated[bool, typer.Option(help="Scale features to L2 norm 1.")] = False,
     ensemble: Annotated[int | None, typer.Option(help="Noised copies an image: 1 or even.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the canvas in pixels, a multiple of 8.")] = None,
@@ -183,9 +183,10 @@ def info(
 
     `--json` prints an object: `source`, `device`, `dtype`, `parameters` and `bytes` (by part, and `total`), `config`.
     """
-    from .model import SketchFusion
+    with starting():
+        from .model import SketchFusion
 
-    model = SketchFusion.from_pretrained(source, device=device, dtype=dtype)
+        model = SketchFusion.from_pretrained(source, device=device, dtype=dtype)
     parts = {
         "vae": model.diffusion.vae,
         "unet": model.diffusion.unet,

@@ -271,6 +271,7 @@ def test_category_retrieval_by_hand() -> None:
     assert {"row", "task", "data", "split", "model", "dtype", "ensemble", "size", "queries", "gallery", "map_all",
             "map_200", "p_200", "p_100", "acc_1", "acc_5", "convention", "ties"} == row.keys()  # fmt: skip
     assert (row["convention"], row["model"], row["split"]) == ("zse", "by hand", "made by hand")
+    assert (row["dtype"], row["ensemble"], row["size"]) == ("float32", 1, 8)
     found = {example.query.path: [(photo.path, right) for photo, right in example.found] for example in result.examples}
     assert found["s3"] == [("p2", False), ("p3", True), ("p1", False), ("p4", True)]
 
@@ -647,12 +648,14 @@ def test_every_protocol_prints_json_and_a_report(
 def test_the_command_in_a_process_of_its_own_shows_a_table(trees: Path, checkpoint: str) -> None:
     arguments = ["evaluate", "zs-sbir", "--data", "sketchy", "--root", "sketchy", "--rows", "semantic,fused"]
     arguments += ["--classes", "all", "--limit", "1", "--model", checkpoint, "--convention", "sake"]
+    arguments += ["--ensemble", "2", "--size", "96", "--dtype", "float32"]
     command = [sys.executable, "-m", "sketchfusion", *arguments]
     done = subprocess.run(command, cwd=trees, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     ours, theirs = done.stdout.split("The paper's rows, on Sketchy 104/21")
     for said in (
         "zs-sbir on sketchy",
+        "float32, 2 noises, 96 px",
         "3 queries, 3 gallery",
         "convention sake",
         "keep the gallery's order",
@@ -669,6 +672,7 @@ def test_python_and_the_command_agree(run: Callable[..., Any], trees: Path, chec
     (result,) = evaluate("recognition", "tuberlin", trees / "tuberlin", model=model, rows=["fused"])
     (row,) = json.loads(done.stdout)
     assert row == result.to_dict() | {"model": checkpoint}
+    assert (result.ensemble, result.size) == (model.config.ensemble, model.preprocess.size)
     assert (result.model, row["train"] + row["test"]) == ("in memory", 36)
 
 

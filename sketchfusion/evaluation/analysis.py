@@ -421,6 +421,3 @@ def pictures(
     return {"image": torch.cat(drawn)} | {
         name: principal_colours(features, whole.mask(features.shape[-1])) for name, features in coloured.items()
     }
-
-
-# ---- finding images

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -155,7 +155,8 @@ def train(
         ConfigError: a setting is illegal, or the model's dtype is float16 on a CPU; there is no task, or one draws
             no images.
         ImageError: naming an image that cannot be read.
-        SketchFusionError: `out` holds another run; the loss or its gradient is not finite; out of memory on the GPU.
+        SketchFusionError: `out` holds another run; the loss is not finite, or its gradient (in float16 such steps are
+            left out); out of memory on the GPU.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -196,7 +197,7 @@ def train(
         model.unfold()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    with _learning(model, settings):
+    with _enough_memory(model.device), _learning(model, settings):
         return _train(
             model, jobs, out, settings, accelerator,
             cache=cache, validate=validate, training_data=training_data, include_backbones=include_backbones,
@@ -261,8 +262,7 @@ def _train(
     if main and first and validate is not None:
         _Journal(out / "validation.csv", first)
     elif main and not first:
-        for stale in ("validation.csv", checkpoints.HEAD):  # of another run that was here before
-            (out / stale).unlink(missing_ok=True)
+        (out / "validation.csv").unlink(missing_ok=True)  # of another run that was here before
 
     kept = None
     if cache is not None:
@@ -294,7 +294,7 @@ def _train(
             means: dict[str, float] = {}
             for micro in range(settings.accumulate):
                 last = micro + 1 == settings.accumulate
-                with _enough_memory(images, model.device), nullcontext() if last else accelerator.no_sync(prepared):
+                with nullcontext() if last else accelerator.no_sync(prepared):
                     embedded, samples = next(batches)
                     moved = (embedded.latents.to(accelerator.device), embedded.tokens.to(accelerator.device))
                     loss, parts = prepared(*moved, embedded.geometry, samples)
@@ -333,6 +333,7 @@ def _train(
             model.save_pretrained(out, include_backbones=include_backbones or settings.finetune)
             if settings.finetune:
                 checkpoints.save_finetuned(model, out)
+            (out / checkpoints.HEAD).unlink(missing_ok=True)  # of another run that was here before
             for task in jobs:
                 checkpoints.save_head(task, out)
     accelerator.wait_for_everyone()
@@ -340,13 +341,13 @@ def _train(
 
 
 @contextmanager
-def _enough_memory(images: int, device: torch.device) -> Iterator[None]:
+def _enough_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise SketchFusionError(
-            f"out of memory on {device} for steps of {images} images: train on fewer images a step (--images, and "
-            "--accumulate to make up for it), or with gradient checkpointing"
+            f"out of memory on {device}: train on fewer images a batch (--images; --accumulate makes up for it), or with "
+            "gradient checkpointing"
         ) from error
 
 
@@ -359,7 +360,7 @@ def _check_finite(name: str, value: Tensor, step: int) -> None:
 
 
 def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, *, kept: bool, processes: int) -> str:
-    """What a run is: two with the same fingerprint go through the same losses."""
+    """What a run is: the state of one with the same fingerprint goes on in it to the same losses."""
     config = dataclasses.replace(model.config, task=None, training_data=None, metrics={}, license=None).to_dict()
     plan = dataclasses.asdict(settings)
     # These may change between a kill and going on.
@@ -367,7 +368,8 @@ def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, 
         plan.pop(key)
     shown = [(t.name, str(t), _plain(t), [_identity(record) for record in t.records]) for t in tasks]
     begun = hashlib.blake2b(digest_size=16)  # the weights that the run begins with
-    for tensor in model.trainable_parameters():  # a head's are the state's, however it began
+    fixed = (p for t in tasks for p in t.parameters() if not p.requires_grad)  # a head's others come with the state
+    for tensor in (*model.trainable_parameters(), *fixed):
         begun.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     frozen = digest_of(model.diffusion.vae, model.diffusion.unet, model.semantic.model)
     parts = [config, plan, shown, kept, processes, str(model.dtype), frozen, begun.hexdigest()]
@@ -455,7 +457,7 @@ def _look_at(records: list[Record], views: int, random: np.random.Generator) -> 
 def _sample(entry: Entry, geometry: Geometry, seed: int) -> Sample:
     view = draw_view(entry.record, entry.view, seed)
     points = view.points(entry.record, int(geometry.width), int(geometry.height))
-    return Sample(entry.record, points, view.mask(entry.record))
+    return Sample(entry.record, points, view.mask(entry.record, int(geometry.width), int(geometry.height)))
 
 
 def _validated(model: SketchFusion, validate: Validate | None, path: Path, step: int, main: bool) -> dict[str, float]:
@@ -486,17 +488,17 @@ class _Journal:
             self.names = next(csv.reader(kept[:1]), [])
 
     def write(self, values: dict[str, float]) -> None:
-        with self._explained(), self.path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                self.names = list(values)
-                writer.writerow(self.names)
+        with self._explained():
             if new := [name for name in values if name not in self.names]:
-                raise SketchFusionError(
-                    f"{self.path} has no column {new[0]!r}: a task names the parts of its loss in its first batch"
-                )
+                self.names += new
+                before = list(csv.reader(self.path.read_text(encoding="utf-8").splitlines()))[1:]
+                self._append([self.names, *(line + [""] * (len(self.names) - len(line)) for line in before)], "w")
             cells = (values.get(name, "") for name in self.names)
-            writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells)
+            self._append([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells]], "a")
+
+    def _append(self, lines: Iterable[Iterable[Any]], mode: str) -> None:
+        with self.path.open(mode, encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

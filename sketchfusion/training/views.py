@@ -70,14 +70,17 @@ class View:
             moved = {name: inverse @ (across * x - c, down * y - f) for name, (x, y) in moved.items()}
         return {name: (float(x), float(y)) for name, (x, y) in moved.items() if 0 <= x <= width and 0 <= y <= height}
 
-    def mask(self, record: Record) -> Tensor | None:
-        """The record's mask, bool (H, W), as the view shows it."""
+    def mask(self, record: Record, width: int, height: int) -> Tensor | None:
+        """The record's mask, bool (H, W), as the view shows it, which has that size."""
         if record.mask is None:
             return None
         mask = record.read_mask()
         if self.affine is not None:
             image = Image.fromarray(mask.astype(np.uint8) * 255)
-            mask = np.asarray(_seen(image, self._pixels(*image.size), Image.Resampling.NEAREST, 0)) > 0
+            image = _seen(image, self._pixels(*image.size), Image.Resampling.NEAREST, 0)
+            if record.path.lower().endswith(STROKES):
+                image = image.resize((width, height), Image.Resampling.NEAREST)
+            mask = np.asarray(image) > 0
         return torch.from_numpy(np.array(mask))
 
     def _pixels(self, width: int, height: int) -> Affine:
