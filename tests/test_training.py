@@ -854,7 +854,11 @@ class TestJobs:
         self, share: float, model: SketchFusion, shapes: DataSet
     ) -> None:
         names = [f"class {i}" for i in range(10)]
-        records = [dataclasses.replace(record, label=name) for name in names for record in shapes.records[:12]]
+        records = [
+            dataclasses.replace(record, label=name, photo=f"{name}/{record.photo}")
+            for name in names
+            for record in shapes.records[:12]
+        ]
         data = dataclasses.replace(shapes, classes=tuple(names), records=tuple(records))
         job = make_job("retrieval", data, model, held_out=share, images=8)
         assert len({record.label for record in job.task.records}) == 10 - max(2, round(share * 10))

@@ -346,8 +346,8 @@ def _enough_memory(device: torch.device) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise SketchFusionError(
-            f"out of memory on {device}: train on fewer images a batch (--images; --accumulate makes up for it), or with "
-            "gradient checkpointing"
+            f"out of memory on {device}: train on fewer images a batch (--images; --accumulate makes up for it), or "
+            "with gradient checkpointing"
         ) from error
 
 
