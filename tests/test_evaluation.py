@@ -144,8 +144,8 @@ def test_a_drawing_that_cannot_be_drawn_is_named(model: SketchFusion, tmp_path: 
     )
     record = Record(str(tmp_path / "a.svg"), "sketch", "a")
     for encode in (
-        lambda: list(Extractor(model, ["semantic"]).stream([record])),
-        lambda: pixels_of([Entry(record, 0)], model.preprocess, seed=0),
+        lambda: list(Extractor(model, ["semantic"], size=256).stream([record])),
+        lambda: pixels_of([Entry(record, 0)], Preprocess(256), seed=0),
     ):
         with pytest.raises(ImageError, match="too many lines") as caught:
             encode()

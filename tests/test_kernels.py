@@ -59,7 +59,7 @@ def gradients(run: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor,
     """Gradients of a weighted sum of what `run` returns."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     out = run(*leaves)
-    weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view(out.shape)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64).view(out.shape).to(out.dtype)
     return torch.autograd.grad(out, leaves, weights)
 
 
