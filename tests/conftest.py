@@ -42,6 +42,16 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return call
 
 
+@pytest.fixture(scope="session")
+def undrawable() -> str:
+    """An SVG of too many lines with too thick a pen, which shows only when it is drawn."""
+    zigzag = " ".join(f"{x % 100},{x * 37 % 100}" for x in range(20000))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100"><polyline stroke="black" fill="none" '
+        f'stroke-width="60" points="{zigzag}"/></svg>'
+    )
+
+
 @pytest.fixture(autouse=True, scope="session")
 def offline_and_small() -> None:
     """No test reaches the real Hub, and two threads are what a small machine has."""

@@ -65,11 +65,8 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """One flat object for JSON, without the examples."""
         names = ("row", "task", "data", "split", "model", "dtype", "ensemble", "size")
-        return (
-            {name: getattr(self, name) for name in names}
-            | self.figures
-            | ({} if self.ties is None else {"ties": self.ties})
-        )
+        named = {name: getattr(self, name) for name in names}
+        return named | self.figures | ({} if self.ties is None else {"ties": self.ties})
 
 
 # ---- retrieval

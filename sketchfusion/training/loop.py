@@ -165,7 +165,8 @@ def train(
     settings = settings or Settings()
     jobs: list[Task] = list(tasks) if isinstance(tasks, Sequence) else [tasks]
     out = Path(out)
-    if not jobs or not all(task.batch(np.random.default_rng(0)) for task in jobs):
+    drawn = [len(task.batch(np.random.default_rng(0))) for task in jobs]
+    if not drawn or not all(drawn):
         raise ConfigError("tasks", "draw no images", legal="one task or more, with an image or more in each batch")
     # In half precision the gradients of a float16 UNet need a scaler; bfloat16 and float32 need nothing.
     half = model.dtype is torch.float16
@@ -199,7 +200,7 @@ def train(
         model.enable_gradient_checkpointing()
     with _enough_memory(model.device), _learning(model, settings):
         return _train(
-            model, jobs, out, settings, accelerator,
+            model, jobs, out, settings, accelerator, sum(drawn),
             cache=cache, validate=validate, training_data=training_data, include_backbones=include_backbones,
             progress=progress,
         )  # fmt: skip
@@ -232,6 +233,7 @@ def _train(
     out: Path,
     settings: Settings,
     accelerator: Any,
+    batch: int,  # images of all tasks together
     *,
     cache: str | Path | None,
     validate: Validate | None,
@@ -274,8 +276,7 @@ def _train(
 
     # The optimiser's state is where it belongs: accelerate would move its counters to the GPU, and wait for each.
     prepared, steps = accelerator.prepare(trainee, optimizer, device_placement=[True, False])
-    seen = sum(len(task.batch(np.random.default_rng(0))) for task in jobs) * settings.accumulate
-    images = seen * world
+    images = batch * settings.accumulate * world
     log.info(
         "%d steps of %d images, %.1f looks at each of %d; %d parameters",
         settings.steps, images, settings.steps * images / len(records), len(records),
@@ -456,8 +457,8 @@ def _look_at(records: list[Record], views: int, random: np.random.Generator) -> 
 
 def _sample(entry: Entry, geometry: Geometry, seed: int) -> Sample:
     view = draw_view(entry.record, entry.view, seed)
-    points = view.points(entry.record, int(geometry.width), int(geometry.height))
-    return Sample(entry.record, points, view.mask(entry.record, int(geometry.width), int(geometry.height)))
+    size = int(geometry.width), int(geometry.height)
+    return Sample(entry.record, view.points(entry.record, *size), view.mask(entry.record, *size))
 
 
 def _validated(model: SketchFusion, validate: Validate | None, path: Path, step: int, main: bool) -> dict[str, float]:
@@ -492,11 +493,11 @@ class _Journal:
             if new := [name for name in values if name not in self.names]:
                 self.names += new
                 before = list(csv.reader(self.path.read_text(encoding="utf-8").splitlines()))[1:]
-                self._append([self.names, *(line + [""] * (len(self.names) - len(line)) for line in before)], "w")
+                self._put([self.names, *(line + [""] * (len(self.names) - len(line)) for line in before)], "w")
             cells = (values.get(name, "") for name in self.names)
-            self._append([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells]], "a")
+            self._put([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells]], "a")
 
-    def _append(self, lines: Iterable[Iterable[Any]], mode: str) -> None:
+    def _put(self, lines: Iterable[Iterable[Any]], mode: str) -> None:
         with self.path.open(mode, encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
 
