@@ -181,7 +181,8 @@ def info(
 ) -> None:
     """Show a model: its configuration, parameters and bytes by part, device and dtype.
 
-    `--json` prints an object: `source`, `device`, `dtype`, `parameters` and `bytes` (by part, and `total`), `config`.
+    `--json` prints an object: `source`, `fingerprint`, `device`, `dtype`, `parameters` and `bytes` (by part, and
+    `total`), `config`. Features can be compared where the fingerprints of their models are equal.
     """
     with starting():
         from .model import SketchFusion
@@ -196,6 +197,7 @@ def info(
     }
     summary: dict[str, Any] = {
         "source": source,
+        "fingerprint": model.fingerprint,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
@@ -207,7 +209,7 @@ def info(
     if as_json:
         print(json.dumps(summary, indent=2))
         return
-    print(f"{source} on {summary['device']} in {summary['dtype']}")
+    print(f"{source} on {summary['device']} in {summary['dtype']}, fingerprint {summary['fingerprint']}")
     for name, count in summary["parameters"].items():
         print(f"  {name:<10} {count:>13,} parameters {summary['bytes'][name] / 1e6:>9.2f} MB")
     for key, value in summary["config"].items():

@@ -35,12 +35,14 @@ class Features:
         dense: (D, h, w), or (N, D, h, w); the map of the square canvas, its white padding included; or None.
         geometry: where the images lie on the canvas: ints, or (N,) tensors for a batch, whatever the others are.
         paths: where the images came from, N of them (1 for a single image), if a saved file said so.
+        model: the `SketchFusion.fingerprint` of the model that encoded them; None where that is not known.
     """
 
     pooled: Any  # Tensor | np.ndarray | None: a union would make every caller narrow it first
     dense: Any
     geometry: Geometry
     paths: list[str] | None = None
+    model: str | None = None
 
     def __len__(self) -> int:
         if isinstance(self.geometry.width, int):
@@ -64,7 +66,7 @@ class Features:
             paths = paths and [paths[rows]]
         pooled = None if self.pooled is None else self.pooled[rows]
         dense = None if self.dense is None else self.dense[rows]
-        return Features(pooled, dense, geometry, paths)
+        return Features(pooled, dense, geometry, paths, self.model)
 
     def __iter__(self) -> Iterator[Features]:
         return (self[i] for i in range(len(self)))
@@ -170,9 +172,11 @@ class Features:
     def save(self, path: str | os.PathLike, paths: Sequence[str] | None = None) -> None:
         """Write a safetensors file with `pooled`, `dense` and `geometry.*`: it appears complete or not at all.
 
+        Its metadata hold `paths`, a JSON list, and `model`.
+
         Args:
             path: the file.
-            paths: where the images came from, one each, instead of the features' own; a JSON list in the metadata.
+            paths: where the images came from, one each, instead of the features' own.
 
         Raises:
             SketchFusionError: the number of paths is another, or the file cannot be written.
@@ -189,6 +193,7 @@ class Features:
         for name, field in self.geometry._asdict().items():
             tensors[f"geometry.{name}"] = torch.as_tensor(field).clone()  # safetensors refuses shared memory
         metadata = {"format": FORMAT} | ({} if paths is None else {"paths": json.dumps(paths)})
+        metadata |= {} if self.model is None else {"model": self.model}
         path = Path(path)
         if not path.name:
             raise SketchFusionError(f"{str(path)!r} is no file to write to")
@@ -196,7 +201,7 @@ class Features:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Features:
-        """Read what `save` wrote into tensors in host memory, `paths` included.
+        """Read what `save` wrote into tensors in host memory, `paths` and `model` included.
 
         Raises:
             LoadError: the file is missing, damaged or not one of ours.
@@ -233,7 +238,7 @@ def _restored(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Features:
     if not fits:
         raise ValueError("its tensors do not fit together")
     geometry = Geometry(*fields) if batched else Geometry(*(int(field) for field in fields))
-    return Features(pooled, dense, geometry, paths)
+    return Features(pooled, dense, geometry, paths, metadata.get("model"))
 
 
 def _tensor(value: Tensor | np.ndarray) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import json
 import numbers
 import os
 import tempfile
@@ -89,6 +91,7 @@ class SketchFusion(nn.Module):
         self._null_prompt = diffusion.null_prompt  # what is saved; the backbone's is rounded to the compute dtype
         self._graphs = Graphs()
         self._origins: dict[str, Origin] = {}
+        self._fingerprint: tuple[Hashable, str] | None = None  # of which weights, and what it is
         self._variant: str | None = None
         self._warned_untrained = False
         self.eval()
@@ -116,6 +119,30 @@ class SketchFusion(nn.Module):
             if changed and field.name not in REPLACEABLE:
                 raise ConfigError(field.name, "is built into the model", legal=f"to replace: {', '.join(REPLACEABLE)}")
         self._config = config
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits: features can be compared where those of their models are equal.
+
+        They are made of the adapters and the aggregator as they are saved, the null prompt, and what the configuration
+        says of the computing; device, dtype, `ensemble`, and the places that the backbones come from do not count.
+        """
+        # Each step of training counts a weight's version up.
+        weights = tuple(
+            (weight.data_ptr(), None if weight.is_inference() else weight._version)
+            for weight in self.trainable_parameters()
+        )
+        if self._fingerprint is None or self._fingerprint[0] != weights:
+            config = self.config.to_dict()
+            for name in REPLACEABLE:
+                del config[name]
+            for name in ("diffusion", "semantic"):
+                del config[name]["source"], config[name]["revision"]
+            digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
+            for name, tensor in sorted(self._saved_state().items()):
+                digest.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
+            self._fingerprint = weights, digest.hexdigest()
+        return self._fingerprint[1]
 
     # ---- loading
 
@@ -276,6 +303,10 @@ class SketchFusion(nn.Module):
 
     def _trained_state(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if k.startswith(("adapters.", "aggregator."))}
+
+    def _saved_state(self) -> dict[str, Tensor]:
+        state = self._trained_state() | {"null_prompt": self._null_prompt}
+        return {name: tensor.detach().half().cpu().contiguous() for name, tensor in state.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._graphs.clear()
@@ -481,6 +512,7 @@ class SketchFusion(nn.Module):
             parts = [None if part is None else part.to("cpu", non_blocking=cuda) for part in parts]
         finite = finite.to("cpu", non_blocking=cuda)
         done = torch.cuda.current_stream(self.device).record_event() if cuda else None
+        model = self.fingerprint
 
         @torch.inference_mode(False)
         def finish() -> Features:
@@ -493,7 +525,7 @@ class SketchFusion(nn.Module):
             pooled, dense = parts
             if cuda and not single:  # they lie in pinned memory, of which there is little
                 pooled, dense = (None if part is None else part.clone() for part in parts)
-            return Features(pooled=pooled, dense=dense, geometry=geometry)
+            return Features(pooled=pooled, dense=dense, geometry=geometry, model=model)
 
         return finish
 
@@ -539,7 +571,7 @@ class SketchFusion(nn.Module):
             if dense is not None:
                 dense[rows] = part.dense
             row += len(part)
-        return Features(pooled=pooled, dense=dense, geometry=geometry)
+        return Features(pooled=pooled, dense=dense, geometry=geometry, model=self.fingerprint)
 
     def _warn_if_untrained(self) -> None:
         """Once: zero adapters inject nothing, and an aggregator at its initialisation mixes at random."""
@@ -810,14 +842,12 @@ class SketchFusion(nn.Module):
         for part in include:
             backbone = dataclasses.replace(getattr(config, part), source=INSIDE + part, revision=None)
             config = config.with_backbone(part, backbone)
-        state = self._trained_state() | {"null_prompt": self._null_prompt}
-        weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in state.items()}
         if directory.is_file():
             raise LoadError(f"{directory} is a file, and a checkpoint is a folder")
         with staged(directory) as stage:
             (stage / "config.json").write_text(config.to_json(), encoding="utf-8")
             (stage / "README.md").write_text(card.render(config, name), encoding="utf-8")
-            save_file(weights, stage / WEIGHTS, metadata={"format": "pt"})
+            save_file(self._saved_state(), stage / WEIGHTS, metadata={"format": "pt"})
             if "diffusion" in include:
                 diffusion_backbone.save_complete(self._origins["diffusion"], stage / "diffusion", self._variant)
             if "semantic" in include:

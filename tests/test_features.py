@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def same(a: Features, b: Features) -> None:
             assert torch.equal(x, y)
     assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(a.geometry, b.geometry, strict=True))
     assert isinstance(a.geometry.width, int) == isinstance(b.geometry.width, int)
-    assert a.paths == b.paths
+    assert (a.paths, a.model) == (b.paths, b.model)
 
 
 # A batch is a sequence
@@ -289,6 +290,14 @@ def test_paths_are_saved_with_the_features(tmp_path: Path) -> None:
     size = int.from_bytes(header[:8], "little")
     metadata = json.loads(header[8 : 8 + size])["__metadata__"]
     assert json.loads(metadata["paths"]) == ["ä b.png", "c.png"]
+
+
+def test_the_model_stays_with_its_features(tmp_path: Path) -> None:
+    features = replace(batch(), model="0123456789abcdef")
+    parts = (features[0], features[1:], features.numpy(), features.to(torch.float16))
+    assert {part.model for part in parts} == {features.model}
+    features.save(tmp_path / "f")
+    same(Features.load(tmp_path / "f"), features)
 
 
 def test_others_can_read_the_file(tmp_path: Path) -> None:

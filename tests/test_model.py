@@ -454,6 +454,25 @@ def test_untrained_models_begin_as_plain_diffusion_features_and_warn_once(untrai
         untrained.encode(PICTURES[0])
 
 
+def test_features_name_their_model_by_what_they_depend_on(model: SketchFusion, tmp_path: Path) -> None:
+    first = model.fingerprint
+    assert model.encode(PICTURES[0]).model == model.encode(PICTURES[:2]).model == model.encode([]).model == first
+    assert {part.model for part in model.stream(PICTURES[:3], batch_size=2)} == {first}
+    model.save_pretrained(tmp_path, include_backbones=True)
+    with torch.inference_mode():
+        loaded = SketchFusion.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
+        assert loaded.fingerprint == first
+    loaded.config = dataclasses.replace(loaded.config, task="another", ensemble=2)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"timestep": 195', '"timestep": 196'))
+    later = SketchFusion.from_pretrained(tmp_path, device="cpu")
+    assert len({first, loaded.fingerprint, later.fingerprint}) == 2
+    optimiser = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
+    model(*batch(model)).pooled.square().sum().backward()
+    optimiser.step()
+    assert model.encode(PICTURES[0]).model == model.fingerprint != first
+
+
 def test_reset_forgets_what_was_trained_and_what_it_was_for(model: SketchFusion) -> None:
     model.config = dataclasses.replace(model.config, task="retrieval", training_data="seen", metrics={"mAP": 0.5})
     before = [parameter.clone() for parameter in model.trainable_parameters()]

@@ -149,6 +149,19 @@ class TestRetrievalMetrics:
         assert rows.tolist() == [[1, 2, 0]]  # equal cosines: the first of the gallery first
         assert scores.tolist() == [[1, 1, 0]]
 
+    def test_search_takes_features(self) -> None:
+        place = Geometry(8, 8, 0, 0, 8, 8, 8)
+        places = collate([place] * 3)
+        gallery = Features(np.float32([[1, 0], [0, 3], [0, 1]]), None, places, model="one")
+        one = Features(torch.tensor([0.0, 2.0]), None, place, model="one")
+        assert search(one, gallery, 2)[1].tolist() == [[1, 2]]
+        assert search(one, torch.eye(2), 1)[1].tolist() == [[1]]
+        assert search(Features(one.pooled, None, place), gallery, 2)[1].tolist() == [[1, 2]]  # of no known model
+        with pytest.raises(SketchFusionError, match="model two and the gallery is of one"):
+            search(Features(one.pooled, None, place, model="two"), gallery, 1)
+        with pytest.raises(SketchFusionError, match="gallery have no pooled vectors"):
+            search(one, Features(None, torch.zeros(3, 2, 1, 1), places), 1)
+
     def test_search_keeps_no_block_of_similarities(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Or memory would be that of all queries times the whole gallery."""
         storages: list[StorageWeakRef] = []

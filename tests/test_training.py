@@ -37,9 +37,9 @@ from sketchfusion.tasks.retrieval import Retrieval
 from sketchfusion.tasks.segmentation import Segmentation
 from sketchfusion.training import Settings, cache, train
 from sketchfusion.training.cache import Entry, FrozenCache, backbones_key, pixels_of
-from sketchfusion.training.checkpoints import HEAD, STATE, load_head
+from sketchfusion.training.checkpoints import HEAD, STATE, State, load_head
 from sketchfusion.training.jobs import Apart, make_job, make_jobs
-from sketchfusion.training.loop import _Batches, _look_at, fingerprint
+from sketchfusion.training.loop import _Batches, _check_scale, _look_at, fingerprint
 from sketchfusion.training.views import View, draw_view, look
 
 DOT = '<path d="M50 80h0.01" fill="none" stroke="black" stroke-width="6"/>'
@@ -810,6 +810,26 @@ def test_float16_cannot_be_trained_on_a_cpu(untrained: SketchFusion, shapes: Dat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 is trained on CUDA")
+def test_the_scale_of_float16_gradients_goes_on_and_has_an_end(tmp_path: Path) -> None:
+    """It falls with each step that overflows; a run that went on with the first scale would come to other losses."""
+    head = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(head.parameters())
+    scalers = [torch.amp.GradScaler("cpu") for _ in range(2)]
+    for step in range(30):
+        scalers[0].scale(head(torch.full((1, 2), torch.inf if step else 1.0)).sum()).backward()
+        scalers[0].step(optimizer)
+        scalers[0].update()
+        if step == 3:
+            _check_scale(scalers[0], step)
+            State(tmp_path, "run", head, optimizer, scalers[0]).save(step + 1)
+            kept = scalers[0].state_dict()
+    assert State(tmp_path, "run", head, optimizer, scalers[1]).resume() == 4
+    assert kept["scale"] == 2.0**13
+    assert scalers[1].state_dict() == kept
+    with pytest.raises(SketchFusionError, match="last at step 30"):
+        _check_scale(scalers[0], 29)
+
+
 def test_runs_of_two_dtypes_in_one_process(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
     """accelerate remembers the precision of the first."""
     untrained.to("cuda")

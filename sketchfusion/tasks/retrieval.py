@@ -159,20 +159,44 @@ def _ids(*names: Sequence[str | None]) -> list[Tensor]:
 # ---- prediction
 
 
-def search(queries: Tensor, gallery: Tensor, k: int, *, block_bytes: int = BLOCK_BYTES) -> tuple[Tensor, Tensor]:
+def search(
+    queries: Features | Tensor, gallery: Features | Tensor, k: int, *, block_bytes: int = BLOCK_BYTES
+) -> tuple[Tensor, Tensor]:
     """The k nearest of the gallery by cosine, in blocks of queries.
 
     Args:
-        queries: (Q, D). gallery: (G, D). k: at most G are returned.
+        queries: features, of which the pooled vectors count, or Q vectors (Q, D).
+        gallery: the same of G images: (G, D). The queries are taken to its device.
+        k: at most G are returned.
 
     Returns:
-        Cosines (Q, k), best first, and rows of the gallery (Q, k); equal cosines keep the gallery's order.
+        Cosines (Q, k), best first, and rows of the gallery (Q, k); equal cosines keep the gallery's order. A single
+        image is a batch of one.
+
+    Raises:
+        SketchFusionError: features that two models made, or without pooled vectors; vectors of two widths, none at all,
+            or such as are not finite.
     """
+    models = [part.model if isinstance(part, Features) else None for part in (queries, gallery)]
+    if None not in models and models[0] != models[1]:
+        raise SketchFusionError(
+            f"the queries are of model {models[0]} and the gallery is of {models[1]}: encode both with one"
+        )
+    candidates = _vectors(gallery, "gallery")
     parts = []
-    for scores, rows in _ranked(queries, gallery, block_bytes):
+    for scores, rows in _ranked(_vectors(queries, "queries").to(candidates.device), candidates, block_bytes):
         parts.append((scores[:, :k].clone(), rows[:, :k].clone()))  # slices would keep the whole block
         del scores, rows  # before the next one is made
     return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
+
+
+def _vectors(features: Features | Tensor, name: str) -> Tensor:
+    if isinstance(features, Tensor):
+        return features
+    if features.pooled is None:
+        raise SketchFusionError(f"the {name} have no pooled vectors; encode with pooled=True")
+    pooled = torch.as_tensor(features.pooled)
+    return pooled[None] if pooled.ndim == 1 else pooled
 
 
 def _ranked(queries: Tensor, gallery: Tensor, block_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ HEAD = "head.safetensors"
 
 
 class State:
-    """What a run needs to go on: trained weights, heads and the optimiser's moments, after so many steps.
+    """What a run needs to go on: trained weights, heads, the optimiser's moments and the scaler, after so many steps.
 
     Everything random in a run is drawn from the seed and the step, so no state of a generator has to be kept.
 
@@ -31,10 +31,18 @@ class State:
         run: its fingerprint; the state of another run is refused.
         module: its parameters that require gradients are kept.
         optimizer: AdamW over just these.
+        scaler: of the gradients, in float16.
     """
 
-    def __init__(self, folder: Path, run: str, module: nn.Module, optimizer: torch.optim.Optimizer):
-        self.path, self.run, self.optimizer = folder / STATE, run, optimizer
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        self.path, self.run, self.optimizer, self.scaler = folder / STATE, run, optimizer, scaler
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     def save(self, step: int) -> None:
@@ -43,7 +51,8 @@ class State:
             tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
-        write_tensors(tensors, self.path, {"step": str(step), "run": self.run})
+        scaling = {} if self.scaler is None else {"scaler": json.dumps(self.scaler.state_dict())}
+        write_tensors(tensors, self.path, {"step": str(step), "run": self.run} | scaling)
 
     @torch.no_grad()
     def resume(self) -> int:
@@ -70,6 +79,8 @@ class State:
                     moments = {key: file.get_tensor(f"{key}.{name}") for key in keys}
                     moved = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
                     self.optimizer.state[parameter] = moved
+                if self.scaler is not None:
+                    self.scaler.load_state_dict(json.loads(metadata["scaler"]))
                 return int(metadata["step"])
         except (OSError, SafetensorError) as error:
             raise SketchFusionError(f"{self.path} is damaged ({error}): delete it to begin afresh") from error

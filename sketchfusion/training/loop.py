@@ -36,6 +36,7 @@ from .views import draw_view
 log = logging.getLogger(__name__)
 
 ABLATIONS = ("adapters", "mixing")
+SMALLEST_SCALE = 1e-4  # of float16 gradients: it begins at 65,536, and halves with each step that overflows
 _LEAST = {"steps": 1, "accumulate": 1, "views": 1, "seed": 0, "checkpoint_every": 1, "validate_every": 0}
 
 
@@ -156,7 +157,7 @@ def train(
             no images.
         ImageError: naming an image that cannot be read.
         SketchFusionError: `out` holds another run; the loss is not finite, or its gradient (in float16 such steps are
-            left out); out of memory on the GPU.
+            left out, unless there is no end of them); out of memory on the GPU.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -253,7 +254,7 @@ def _train(
     rank, world = accelerator.process_index, accelerator.num_processes
     run = fingerprint(model, jobs, settings, kept=cache is not None, processes=world)
     make_folder(out)
-    state = checkpoints.State(out, run, trainee, optimizer)
+    state = checkpoints.State(out, run, trainee, optimizer, accelerator.scaler)
     first = state.resume()
     if first:
         log.info("%s goes on behind step %d", out, first)
@@ -304,9 +305,11 @@ def _train(
                 for name, value in {"loss": loss.item(), **parts}.items():
                     means[name] = means.get(name, 0.0) + value / settings.accumulate
             norm = accelerator.clip_grad_norm_([p for _, p in parameters], settings.clip)
-            if accelerator.scaler is None:  # which leaves out steps whose gradients overflow
+            if accelerator.scaler is None:
                 _check_finite("gradient", norm, step)
             steps.step()
+            if accelerator.scaler is not None:  # which leaves out steps whose gradients overflow
+                _check_scale(accelerator.scaler, step)
             steps.zero_grad()
             bar.advance(note=f"loss {means['loss']:.3f}")
             if journal is not None:
@@ -357,6 +360,14 @@ def _check_finite(name: str, value: Tensor, step: int) -> None:
         raise SketchFusionError(
             f"the {name} is {value.item()} at step {step + 1}: try a smaller learning rate, or dtype='bfloat16' or "
             "'float32', in another folder"
+        )
+
+
+def _check_scale(scaler: torch.amp.GradScaler, step: int) -> None:
+    if scaler.get_scale() < SMALLEST_SCALE:
+        raise SketchFusionError(
+            f"the gradients overflow in float16 however small they are made, last at step {step + 1}: try a smaller "
+            "learning rate, or dtype='bfloat16' or 'float32', in another folder"
         )
 
 
