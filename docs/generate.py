@@ -156,8 +156,8 @@ def command_line() -> str:
         for parameter in command.params:
             argument, value = parameter.param_type_name == "argument", parameter.default
             shown = parameter.metavar if argument else parameter.opts[0]
-            if value is True:  # what is on is turned off
-                shown, value = parameter.secondary_opts[0], None
+            if value is True:
+                shown, value = f"{shown} / {parameter.secondary_opts[0]}", shown
             value = ", ".join(map(str, value)) if isinstance(value, list) else value
             given = "required" if parameter.required else "" if value in (None, "") or value is False else f"`{value}`"
             rows.append(f"| `{shown}` | {given} | {parameter.help} |\n")

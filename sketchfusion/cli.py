@@ -118,12 +118,16 @@ def encode(
 
     with starting():
         from .data import find_images
-        from .images import Preprocess
         from .model import SketchFusion
 
         files = [file for image in images for file in (find_images(image) if os.path.isdir(image) else [image])]
         extractor = SketchFusion.from_pretrained(model, device=device, dtype=dtype)
-    read: list[str] = []
+    bad: set[int | None] = set()
+
+    def leave_out(error: ImageError) -> None:
+        complain(error)
+        bad.add(error.index)
+
     rows: list[dict[str, Any]] = []
     options: dict[str, Any] = {
         "batch_size": batch_size,
@@ -131,10 +135,11 @@ def encode(
         "normalize": normalize,
         "ensemble": ensemble,
         "size": size,
+        "on_error": leave_out,
     }
-    stream = readable(files, read, extractor.preprocess if size is None else Preprocess(size))
-    kept = None if out is None else extractor.encode(stream, **options)  # a file needs all at once
-    for features in extractor.stream(stream, **options) if kept is None else [kept]:
+    kept = None if out is None else extractor.encode(files, **options)  # a file needs all at once
+    good = (file for i, file in enumerate(files) if i not in bad)
+    for features in extractor.stream(files, **options) if kept is None else [kept]:
         rows += [
             {
                 "path": path,
@@ -142,16 +147,16 @@ def encode(
                 "dense": None if one.dense is None else list(one.dense.shape),
                 "norm": float(one.pooled.norm()),
             }
-            for path, one in zip(read[len(rows) :], features, strict=False)
+            for one, path in zip(features, good, strict=False)  # in this order no path is lost
         ]
-    if kept is not None and out is not None and read:
-        kept.save(out, paths=read)
+    if kept is not None and out is not None and rows:
+        kept.save(out, paths=[row["path"] for row in rows])
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
         for row in rows:
             print(f"{row['path']}: pooled {row['pooled']}, dense {row['dense']}, norm {row['norm']:.3f}")
-    if len(read) < len(files):
+    if bad:
         raise typer.Exit(2)
 
 

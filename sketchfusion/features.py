@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,49 @@ class Features:
         pooled = None if self.pooled is None else self.pooled[rows]
         dense = None if self.dense is None else self.dense[rows]
         return Features(pooled, dense, geometry, paths, self.model)
+
+    @classmethod
+    def cat(cls, parts: Iterable[Features]) -> Features:
+        """One batch of several, in their order; a single image is a batch of one.
+
+        Returns:
+            Their `model`, where all are known to be of one, and their `paths`, where all have some.
+
+        Raises:
+            SketchFusionError: there are no parts, or they do not fit together: two models, devices or shapes, or maps
+                that some have and others have not.
+        """
+        parts = list(parts)
+        models, paths = {part.model for part in parts}, [part.paths for part in parts]
+        if not parts:
+            raise SketchFusionError("there are no features to put together")
+        known = sorted(model for model in models if model is not None)
+        if len(known) > 1:
+            raise SketchFusionError(f"features of the models {' and '.join(known)} are no one batch")
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            if all(value is None for value in values):
+                return None
+            if any(value is None for value in values):
+                raise SketchFusionError(f"some of these features have {name} ones and others have not")
+            lone = [isinstance(part.geometry.width, int) for part in parts]
+            rows = [_tensor(v)[None] if one else _tensor(v) for v, one in zip(values, lone, strict=True)]
+            try:
+                whole = torch.cat(rows)
+            except RuntimeError as error:
+                raise SketchFusionError(f"the {name} features do not fit together: {error}") from None
+            return whole.numpy() if all(isinstance(value, np.ndarray) for value in values) else whole
+
+        fields = zip(*(part.geometry for part in parts), strict=True)
+        places = [torch.cat([torch.as_tensor(value).reshape(-1) for value in field]) for field in fields]
+        return cls(
+            joined("pooled"),
+            joined("dense"),
+            Geometry(*places),
+            None if None in paths else [path for some in paths for path in some or ()],
+            models.pop() if len(models) == 1 else None,
+        )
 
     def __iter__(self) -> Iterator[Features]:
         return (self[i] for i in range(len(self)))
@@ -200,8 +243,12 @@ class Features:
         write_tensors(tensors, path, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Features:
+    def load(cls, path: str | os.PathLike, *, dense: bool = True) -> Features:
         """Read what `save` wrote into tensors in host memory, `paths` and `model` included.
+
+        Args:
+            path: the file.
+            dense: read the dense maps too; without them it is quick, and small.
 
         Raises:
             LoadError: the file is missing, damaged or not one of ours.
@@ -209,7 +256,8 @@ class Features:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = [name for name in file.keys() if dense or name != "dense"]  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise LoadError(f"{path}: cannot be read: {error}; encode the images again") from None
         try:

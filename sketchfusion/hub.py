@@ -151,12 +151,15 @@ class Location:
                 raise LoadError(f"{index} names {name}: {ONLY_SAFETENSORS}")
         return names
 
-    def load(self, cls: Any, stem: str, *, variant: str | None = None, **arguments: Any) -> Any:
+    def load(
+        self, cls: Any, stem: str, *, variant: str | None = None, spare: str | None = None, **arguments: Any
+    ) -> Any:
         """`cls.from_pretrained` on this location: safetensors only, and no weight may be missing.
 
         Args:
             cls: a model class of diffusers or transformers.
             stem, variant: see `weights`.
+            spare: a submodule that is taken out where its weights are missing, since nothing is read of it.
             **arguments: passed on.
 
         Raises:
@@ -175,7 +178,11 @@ class Location:
                 output_loading_info=True,
                 **arguments,
             )
-        if missing := sorted(info["missing_keys"]):
+        missing = sorted(info["missing_keys"])
+        if spare and any(name.startswith(f"{spare}.") for name in missing):
+            setattr(model, spare, None)
+            missing = [name for name in missing if not name.startswith(f"{spare}.")]
+        if missing:
             names = f"{len(missing)} weights of {cls.__name__}, such as {missing[0]}"
             raise LoadError(f"{folder} is incomplete: it lacks {names}")
         return model

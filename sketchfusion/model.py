@@ -64,6 +64,7 @@ class _Options:
     normalize: bool
     ensemble: int
     preprocess: Preprocess
+    on_error: Callable[[ImageError], object] | None
 
 
 class SketchFusion(nn.Module):
@@ -330,6 +331,7 @@ class SketchFusion(nn.Module):
         ensemble: int | None = None,
         size: int | None = None,
         to: Literal["torch", "numpy"] = "torch",
+        on_error: Callable[[ImageError], object] | None = None,
         progress: bool | None = None,
         **unknown: Any,
     ) -> Features:
@@ -348,6 +350,8 @@ class SketchFusion(nn.Module):
             size: side of the diffusion backbone's square canvas in pixels, a multiple of 8; by default the
                 configuration's. The semantic canvas and the dense grid do not change.
             to: `"torch"` for tensors, `"numpy"` for arrays.
+            on_error: called with the error of each bad image of a list or iterator, which is then left out: its `index`
+                says which. Without it the first is raised.
             progress: show a progress bar; by default on a terminal, if it takes more than two seconds.
 
         Returns:
@@ -366,7 +370,7 @@ class SketchFusion(nn.Module):
             UserWarning: the adapters or the aggregator are untrained; once a model.
         """
         stream, single = as_stream(images)
-        options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
+        options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, on_error, unknown)
         self._warn_if_untrained()
         batches = self._stream(stream, options, *_extent(images, single), progress, single)
         if single:
@@ -387,6 +391,7 @@ class SketchFusion(nn.Module):
         ensemble: int | None = None,
         size: int | None = None,
         to: Literal["torch", "numpy"] = "torch",
+        on_error: Callable[[ImageError], object] | None = None,
         progress: bool | None = None,
         **unknown: Any,
     ) -> Iterator[Features]:
@@ -400,7 +405,7 @@ class SketchFusion(nn.Module):
             `batch_size`, and less at the end or after the GPU ran out of memory.
         """
         stream, single = as_stream(images)
-        options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, unknown)
+        options = self._options(batch_size, pooled, dense, normalize, ensemble, size, to, on_error, unknown)
         self._warn_if_untrained()
         batches = self._stream(stream, options, *_extent(images, single), progress, single=False)
         return (features.numpy() for features in batches) if to == "numpy" else batches
@@ -414,6 +419,7 @@ class SketchFusion(nn.Module):
         ensemble: int | None,
         size: int | None,
         to: str,
+        on_error: Callable[[ImageError], object] | None,
         unknown: dict[str, Any],
     ) -> _Options:
         for name in unknown:
@@ -429,7 +435,9 @@ class SketchFusion(nn.Module):
         members = self.config.ensemble if ensemble is None else ensemble
         check_ensemble(members)
         preprocess = self.preprocess if size is None else Preprocess(size)
-        return _Options(int(batch_size), pooled, dense, normalize, members, preprocess)
+        if on_error is not None and not callable(on_error):
+            raise ConfigError("on_error", f"is {on_error!r}", legal="a function of an ImageError, or None")
+        return _Options(int(batch_size), pooled, dense, normalize, members, preprocess, on_error)
 
     def _stream(
         self,
@@ -478,10 +486,15 @@ class SketchFusion(nn.Module):
                 try:
                     pending.append(prepared.result())
                 except ImageError as error:
+                    position = None if single else index
+                    placed = ImageError(error.problem, source=error.source, index=position)
+                    if options.on_error is not None and not single:
+                        options.on_error(placed)
+                        bar.advance()
+                        continue
                     launch()
                     yield from collect(0)
-                    position = None if single else index
-                    raise ImageError(error.problem, source=error.source, index=position) from error
+                    raise placed from error
                 if len(pending) >= limit:
                     launch()
                     # Who makes the images one by one may wait for a batch before the next.

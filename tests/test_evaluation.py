@@ -218,7 +218,7 @@ class Made:
     preprocess = Preprocess(8)
 
     class model:
-        device, dtype = torch.device("cpu"), torch.float32
+        device, dtype, fingerprint = torch.device("cpu"), torch.float32, 16 * "0"
 
     def __init__(
         self, features: Callable[[Record], tuple[list[float], torch.Tensor]], photo_side: int = 8, batch: int = 3
@@ -263,8 +263,8 @@ def test_category_retrieval_by_hand() -> None:
     assert result.figures["acc_1"] == pytest.approx(2 / 3)
     assert (result.figures["queries"], result.figures["gallery"]) == (3, 4)
     row = result.to_dict()
-    assert {"row", "task", "data", "split", "model", "dtype", "ensemble", "size", "queries", "gallery", "map_all",
-            "map_200", "p_200", "p_100", "acc_1", "acc_5", "convention", "ties"} == row.keys()  # fmt: skip
+    assert {"row", "task", "data", "split", "model", "fingerprint", "dtype", "ensemble", "size", "queries", "gallery",
+            "map_all", "map_200", "p_200", "p_100", "acc_1", "acc_5", "convention", "ties"} == row.keys()  # fmt: skip
     assert (row["convention"], row["model"], row["split"]) == ("zse", "by hand", "made by hand")
     assert (row["dtype"], row["ensemble"], row["size"]) == ("float32", 1, 8)
     found = {example.query.path: [(photo.path, right) for photo, right in example.found] for example in result.examples}
@@ -737,7 +737,7 @@ def test_a_report_without_matplotlib_says_what_to_install(
 def test_a_figure_without_rows_of_the_papers_has_no_marks() -> None:
     pytest.importorskip("matplotlib")
     figures = dict.fromkeys(METRICS["zs-sbir"], 0.5) | {"convention": "zse"}
-    result = Result("zs-sbir", "./dino", "Sketchy", "all", "mini", "float32", 1, 256, figures)
+    result = Result("zs-sbir", "./dino", "Sketchy", "all", "mini", "0" * 16, "float32", 1, 256, figures)
     assert [len(axes.lines) for axes in bars([result]).axes] == [0] * len(bars([result]).axes)
 
 
@@ -755,5 +755,5 @@ def test_the_papers_tables_fit_the_protocols() -> None:
 def test_a_table_of_another_set_is_labelled_by_the_papers() -> None:
     extractor: Any = Made(lambda r: angle(ANGLES[r.path]))
     shown = text(zs_sbir(extractor, RETRIEVED))
-    assert "zs-sbir on folder, model by hand" in shown
+    assert "zs-sbir on folder, model by hand (0000000000000000)" in shown
     assert "on Sketchy 104/21" in shown

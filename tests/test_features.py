@@ -236,6 +236,33 @@ def test_the_empty_batch(tmp_path: Path) -> None:
     same(Features.load(tmp_path / "empty.safetensors"), Features(empty.pooled, empty.dense, empty.geometry, []))
 
 
+def test_batches_are_put_together() -> None:
+    features = replace(batch(), paths=["a", "b", "c"], model="m")
+    same(Features.cat([features[:1], features[1], features[2:]]), features)
+    same(Features.cat([features[2:].numpy()]).to("cpu"), features[2:])
+    assert isinstance(Features.cat([features[:1].numpy(), features[1:].numpy()]).pooled, np.ndarray)
+    pooled = [replace(part, dense=None) for part in (features[0], features[1:])]
+    same(Features.cat(iter(pooled)), replace(features, dense=None))
+    unknown = Features.cat([replace(features, model=None), features, replace(features, paths=None)])
+    assert (len(unknown), unknown.model, unknown.paths) == (9, None, None)
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        ({"model": "n"}, "the models m and n"),
+        ({"dense": None}, "some of these features have dense"),
+        ({"pooled": torch.zeros(3, 4)}, "pooled features do not fit together"),
+    ],
+)
+def test_what_is_no_one_batch(other: dict[str, Any], problem: str) -> None:
+    features = replace(batch(), model="m")
+    with pytest.raises(SketchFusionError, match=problem):
+        Features.cat([features, replace(features, **other)])
+    with pytest.raises(SketchFusionError, match="no features"):
+        Features.cat([])
+
+
 # Files
 
 
@@ -248,6 +275,8 @@ def test_save_and_load(dtype: torch.dtype, tmp_path: Path) -> None:
         same(Features.load(file), kind)
         same(Features.load(str(file)), kind)
     pooled = Features(features.pooled, None, features.geometry)
+    features.save(file)
+    same(Features.load(file, dense=False), pooled)
     pooled.save(file)
     same(Features.load(file), pooled)
     transposed = Features(None, features.dense.transpose(2, 3), features.geometry)

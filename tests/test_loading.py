@@ -856,6 +856,13 @@ def write_siglip(folder: Path) -> Any:
     return model.vision_model
 
 
+def write_vit(folder: Path) -> Any:
+    """As DINO is published: without the pooler that AutoModel gives a ViT."""
+    model = transformers.ViTModel(transformers.ViTConfig(**VISION), add_pooling_layer=False)
+    model.save_pretrained(folder)
+    return model
+
+
 def write_dino(name: str) -> Callable[[Path], Any]:
     def write(folder: Path) -> Any:
         config = {key: value for key, value in VISION.items() if key != "intermediate_size"}
@@ -874,6 +881,7 @@ def write_dino(name: str) -> Callable[[Path], Any]:
     [
         pytest.param(write_clip, 1, id="clip"),
         pytest.param(write_siglip, 0, id="siglip"),
+        pytest.param(write_vit, 1, id="dino"),
         pytest.param(write_dino("Dinov2"), 1, id="dinov2"),
         pytest.param(write_dino("Dinov2WithRegisters"), 5, id="dinov2 with registers"),
     ],

@@ -196,6 +196,11 @@ def test_illegal_arguments_name_the_legal_ones(model: SketchFusion, arguments: d
         model.stream(PICTURES, **arguments)
 
 
+def test_what_cannot_be_called_is_no_on_error(model: SketchFusion) -> None:
+    with pytest.raises(ConfigError, match="on_error"):
+        model.encode(PICTURES[:1], on_error="skip")  # type: ignore[arg-type]
+
+
 def test_an_unknown_keyword_names_the_known_ones(model: SketchFusion) -> None:
     with pytest.raises(ConfigError, match=r"normalize.*ensemble"):
         model.encode([], normalise=True)
@@ -231,6 +236,25 @@ def test_a_bad_image_is_named_and_the_good_ones_before_it_come_out(model: Sketch
     with pytest.raises(ImageError) as caught:
         model.encode("missing.png")
     assert caught.value.index is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_bad_images_can_be_left_out(model: SketchFusion, batch_size: int, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_text("no image")
+    images: list[Any] = [PICTURES[0], tmp_path / "bad.png", PICTURES[1], PICTURES[2], np.zeros(3)]
+    expected = model.encode(PICTURES[:3])
+    for some in (images, iter(images)):
+        errors: list[ImageError] = []
+        features = model.encode(some, batch_size=batch_size, on_error=errors.append)
+        assert agree(features, expected)
+        assert [error.index for error in errors] == [1, 4]
+        assert "bad.png" in str(errors[0])
+    errors.clear()
+    assert sum(len(part) for part in model.stream(images, batch_size=batch_size, on_error=errors.append)) == 3
+    assert len(errors) == 2
+    assert len(model.encode(images[1:2], on_error=errors.append)) == 0
+    with pytest.raises(ImageError, match="bad"):  # a single image has nothing beside it
+        model.encode(images[1], on_error=errors.append)
 
 
 def test_files_are_read_ahead_and_what_is_in_memory_only_in_its_turn(model: SketchFusion, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def load(origin: Location | Any, dtype: torch.dtype) -> Any:
         with origin.explained(f"reading {path}"):
             config = AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
         config = getattr(config, "vision_config", config)
-        model = origin.load(AutoModel, "model", config=config, dtype=dtype, trust_remote_code=False)
+        # DINO and ImageNet classifiers are published without the pooler that AutoModel gives them.
+        model = origin.load(AutoModel, "model", spare="pooler", config=config, dtype=dtype, trust_remote_code=False)
     elif isinstance(origin, nn.Module) and hasattr(origin, "config"):
         copied: Any = shared_copy(origin)
         model = (copied.vision_model if hasattr(copied.config, "vision_config") else copied).to(dtype)

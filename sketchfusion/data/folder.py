@@ -16,7 +16,7 @@ PUBLISHED = Published(
     name="folder",
     title="Folder",
     layout="<class>/<any name>.png, .jpg, .svg or the like, or photo/<class>/... and sketch/<class>/...",
-    source="yourself: docs/data.md describes the layout",
+    source="nowhere: it is your own, and docs/data.md describes the layout",
 )
 
 Kind = Literal["photo", "sketch"]

@@ -113,7 +113,9 @@ class Published:
         path = Path(classes)
         if not path.is_file():
             known = ", ".join(lists)
-            raise self.error(root, f"no file of class names {str(path)!r}, nor one of {known} (names go in a list)")
+            raise self.error(
+                root, f"no file of class names {str(path)!r}, nor one of {known} (in Python names go in a list)"
+            )
         try:
             _, names = _names(path)
         except (OSError, UnicodeDecodeError) as error:

@@ -282,6 +282,7 @@ def analyze(
             )
     return {
         "definition": DEFINITION,
+        "fingerprint": model.fingerprint,
         "ensemble": model.config.ensemble if ensemble is None else ensemble,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),

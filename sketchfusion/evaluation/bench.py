@@ -111,7 +111,8 @@ def bench(
     if compile:
         model._compile()
     plans = [(v, n, k) for v in views for n in batch_sizes for k in ensembles]
-    result = {"definition": DEFINITION, "model": source, **_machine(model), "runs": runs, "compiled": compile}
+    named = {"definition": DEFINITION, "model": source, "fingerprint": model.fingerprint}
+    result = {**named, **_machine(model), "runs": runs, "compiled": compile}
     rows: list[dict[str, Any]] = []
     total = len(plans) * (1 + len(loops)) * (runs + 1)
     with Progress("bench", "run", total, progress) as bar:

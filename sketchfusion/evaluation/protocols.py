@@ -41,7 +41,8 @@ class Result:
         task: the protocol.
         row: the extractor, see `ROWS`.
         data, split: the set, and which part of it, in words.
-        model: what the model is called.
+        model, fingerprint: what the model is called, and its `SketchFusion.fingerprint`, since a name can stand for
+            another tomorrow.
         dtype: that the backbones computed in.
         ensemble: noised copies an image.
         size: side of the canvas, pixels.
@@ -55,6 +56,7 @@ class Result:
     data: str
     split: str
     model: str
+    fingerprint: str
     dtype: str
     ensemble: int
     size: int
@@ -64,7 +66,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """One flat object for JSON, without the examples."""
-        names = ("row", "task", "data", "split", "model", "dtype", "ensemble", "size")
+        names = ("row", "task", "data", "split", "model", "fingerprint", "dtype", "ensemble", "size")
         named = {name: getattr(self, name) for name in names}
         return named | self.figures | ({} if self.ties is None else {"ties": self.ties})
 
@@ -445,5 +447,6 @@ def _result(
     ties: str | None = None,
     examples: tuple[Example, ...] = (),
 ) -> Result:
-    how = (str(extractor.model.dtype).removeprefix("torch."), extractor.ensemble, extractor.preprocess.size)
-    return Result(task, row, data.name, data.split, extractor.source, *how, figures, ties, examples)
+    model = extractor.model
+    how = (str(model.dtype).removeprefix("torch."), extractor.ensemble, extractor.preprocess.size)
+    return Result(task, row, data.name, data.split, extractor.source, model.fingerprint, *how, figures, ties, examples)

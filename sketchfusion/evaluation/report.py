@@ -170,7 +170,7 @@ def markdown(results: Sequence[Result], featured: Result) -> str:
         parts += ["mIoU by class:", pipes(classes)]
     parts += [
         "## Beside the paper",
-        f"Ours: {first.split}; model {first.model}. The paper's: {paper.data}; {CAUTION}.",
+        f"Ours: {first.split}; model {first.model} ({first.fingerprint}). The paper's: {paper.data}; {CAUTION}.",
         pipes(beside(results, paper)),
         "![The rows, ours and the paper's](rows.png)",
     ]
@@ -192,7 +192,7 @@ def header(result: Result) -> list[str]:
     figures = result.figures
     counts = [f"{value:,} {name}" for name, value in figures.items() if isinstance(value, int)]
     noises = f"{result.ensemble} noise{'s' if result.ensemble > 1 else ''}"
-    how = f"model {result.model}, {result.dtype}, {noises}, {result.size} px"
+    how = f"model {result.model} ({result.fingerprint}), {result.dtype}, {noises}, {result.size} px"
     lines = [f"{result.task} on {result.data}, {how}", result.split, ", ".join(counts)]
     if figures.get("gallery_of") == "class":
         lines[-1] += ", of which each query sees those of its own class"
