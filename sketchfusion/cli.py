@@ -298,6 +298,7 @@ def train(
     held_out: Annotated[
         list[str], typer.Option(help="To validate on: a share of each set, or classes: unseen, or a file.")
     ] = ["0.1"],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(help="At most so many sketches and photos a class of each set.")] = None,
     sketches: Annotated[str | None, typer.Option(help="Segmentation: the set with the sketches.")] = None,
     sketches_root: Annotated[Path | None, typer.Option(help="Segmentation: its folder.")] = None,
     model: Annotated[
@@ -348,7 +349,7 @@ def train(
     import torch
     from accelerate import PartialState
 
-    from .data import DataSet, load, load_common
+    from .data import DataSet, limited, load, load_common
     from .loading import resolve_device
     from .model import SketchFusion
     from .tasks.retrieval import LEVELS, LOSSES
@@ -400,9 +401,14 @@ def train(
         validate_every=validate_every, without=tuple(without or ()), gradient_checkpointing=gradient_checkpointing,
         finetune=finetune,
     )  # fmt: skip
-    loaded = [load(*where, classes=names, part=one) for where, names, one in zip(sets, chosen, parts, strict=True)]
+
+    def some(where: tuple[str, Path], names: str, one: str | None) -> DataSet:
+        found = load(*where, classes=names, part=one)
+        return found if limit is None else limited(found, limit)
+
+    loaded = [some(*plan) for plan in zip(sets, chosen, parts, strict=True)]
     apart: list[Any] = [
-        float(names) if is_number(names) else load(*where, classes=names, part=one)
+        float(names) if is_number(names) else some(where, names, one)
         for where, names, one in zip(sets, apart_of, parts, strict=True)
     ]
     drawn = None

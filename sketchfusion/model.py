@@ -126,7 +126,8 @@ class SketchFusion(nn.Module):
         """16 hexadecimal digits: features can be compared where those of their models are equal.
 
         They are made of the adapters and the aggregator as they are saved, the null prompt, and what the configuration
-        says of the computing; device, dtype, `ensemble`, and the places that the backbones come from do not count.
+        says of the computing. Device, dtype, `ensemble` and `size` do not count, nor what the backbones are and where
+        they come from: who passes others to `from_pretrained` compares at his own risk.
         """
         # Each step of training counts a weight's version up.
         weights = tuple(

@@ -39,7 +39,7 @@ from sketchfusion.training import Settings, cache, train
 from sketchfusion.training.cache import Entry, FrozenCache, backbones_key, pixels_of
 from sketchfusion.training.checkpoints import HEAD, STATE, State, load_head
 from sketchfusion.training.jobs import Apart, make_job, make_jobs
-from sketchfusion.training.loop import _Batches, _check_scale, _look_at, fingerprint
+from sketchfusion.training.loop import _Batches, _check_scale, _look_at, identity
 from sketchfusion.training.views import View, draw_view, look
 
 DOT = '<path d="M50 80h0.01" fill="none" stroke="black" stroke-width="6"/>'
@@ -360,12 +360,15 @@ class TestGoingOn:
         start = snapshot(untrained)
         train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
         kept = (tmp_path / STATE).read_bytes()
-        for plan, data in ((dataclasses.replace(FEW, lr=1e-2), shapes), (FEW, _without_last(shapes))):
+        for plan, data, other in (
+            (dataclasses.replace(FEW, lr=1e-2, steps=7), shapes, "steps 4, lr 0.003: name another folder"),
+            (FEW, _without_last(shapes), "other tasks or images: name another folder"),
+        ):
             untrained.load_state_dict(start)
-            with pytest.raises(SketchFusionError, match="holds another run"):
+            with pytest.raises(SketchFusionError, match=f"holds another run, with {other}"):
                 train(untrained, tasks_of("retrieval", data, 32), tmp_path, plan)
         untrained.load_state_dict({name: tensor + 1 for name, tensor in start.items()})
-        with pytest.raises(SketchFusionError, match="holds another run"):  # the model begins with other weights now
+        with pytest.raises(SketchFusionError, match="with other backbones, other weights to begin with: name"):
             train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
         assert (tmp_path / STATE).read_bytes() == kept
 
@@ -381,21 +384,21 @@ class TestGoingOn:
         """Whichever record differs, and in whatever but its folder."""
         records = [dataclasses.replace(shapes.sketches[0], path=f"/here/{i}.png") for i in range(1500)]
 
-        def run(records: list[Record]) -> str:
+        def run(records: list[Record]) -> dict[str, str]:
             task = tasks_of("recognition", shapes, 32)
             task.records = tuple(records)
-            return fingerprint(untrained, [task], FEW, kept=False, processes=1)
+            return identity(untrained, [task], FEW, kept=False, processes=1)
 
         moved = [dataclasses.replace(record, path=record.path.replace("here", "there")) for record in records]
         assert run(moved) == run(records)
         assert run([*records[:-1], dataclasses.replace(records[-1], **change)]) != run(records)
 
     def test_another_head_or_backbone_is_another_run(self, untrained: SketchFusion, shapes: DataSet) -> None:
-        def run(dropout: float = 0.0, *, seed: int = 0, fixed: bool = False) -> str:
+        def run(dropout: float = 0.0, *, seed: int = 0, fixed: bool = False) -> dict[str, str]:
             torch.manual_seed(seed)
             task = Recognition(shapes, 32, dropout=dropout)
             task.head.requires_grad_(not fixed)
-            return fingerprint(untrained, [task], FEW, kept=False, processes=1)
+            return identity(untrained, [task], FEW, kept=False, processes=1)
 
         first = run()
         assert run(dropout=0.5) != first
@@ -820,9 +823,9 @@ def test_the_scale_of_float16_gradients_goes_on_and_has_an_end(tmp_path: Path) -
         scalers[0].update()
         if step == 3:
             _check_scale(scalers[0], step)
-            State(tmp_path, "run", head, optimizer, scalers[0]).save(step + 1)
+            State(tmp_path, {}, head, optimizer, scalers[0]).save(step + 1)
             kept = scalers[0].state_dict()
-    assert State(tmp_path, "run", head, optimizer, scalers[1]).resume() == 4
+    assert State(tmp_path, {}, head, optimizer, scalers[1]).resume() == 4
     assert kept["scale"] == 2.0**13
     assert scalers[1].state_dict() == kept
     with pytest.raises(SketchFusionError, match="last at step 31"):
@@ -851,7 +854,7 @@ def test_half_a_line_of_the_log_is_dropped(untrained: SketchFusion, shapes: Data
 
 def test_another_number_of_processes_is_another_run(untrained: SketchFusion, shapes: DataSet) -> None:
     plan = untrained, [tasks_of("retrieval", shapes, 32)], FEW
-    assert fingerprint(*plan, kept=False, processes=1) != fingerprint(*plan, kept=False, processes=2)
+    assert identity(*plan, kept=False, processes=1) != identity(*plan, kept=False, processes=2)
 
 
 class TestJobs:
@@ -1137,6 +1140,15 @@ class TestCommandLine:
         assert [row["step"] for row in rows(tmp_path / "out" / "log.csv")] == [1, 2, 3]
         assert (tmp_path / "out" / "model.safetensors").exists()
 
+    def test_a_few_images_of_each_class(
+        self, model: SketchFusion, sketchy: Path, command: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        model.save_pretrained(tmp_path / "start")
+        more = ["--model", str(tmp_path / "start"), "--steps", "1", "--limit", "2"]
+        done = command(*self.command(sketchy, tmp_path / "out", *more)[3:])
+        assert done.returncode == 0, done.stderr
+        assert "2 a class" in json.loads((tmp_path / "out" / "config.json").read_text())["training_data"]
+
     def test_every_task_has_its_own_classes(self, sketchy: Path, tmp_path: Path) -> None:
         """All classes for the first; of the second's one class none can be held out."""
         some = tmp_path / "some.txt"
@@ -1153,6 +1165,7 @@ class TestCommandLine:
             (["--task", "recognition", "--task", "segmentation", "--data", "shoes"], "--data: is given 2 times"),
             (["--classes", "seen", "--classes", "all"], "--classes: is given 2 times"),
             (["--part", "test"], "part"),
+            (["--limit", "0"], "limit: is 0"),
             (["--part", "all", "--part", "all"], "--part: is given 2 times"),
             (["--task", "detection"], "--task: is 'detection'"),
             (["--level", "finest"], "--level: is 'finest'"),

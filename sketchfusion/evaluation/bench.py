@@ -26,6 +26,7 @@ from ..backbones.published import CLIP_L14_336, SD21_UNET, SD_SCHEDULER, SD_VAE
 from ..config import check_ensemble
 from ..errors import ConfigError, SketchFusionError
 from ..images import Geometry, Preprocess, collate
+from ..kernels import usable
 from ..loading import PathLike
 from ..model import SketchFusion
 from ..progress import Progress
@@ -74,8 +75,9 @@ def bench(
         progress: show a progress bar; by default on a terminal.
 
     Returns:
-        `device`, `threads`, `torch`, `date` and so on; `peak_tflops`, what a large matrix product reaches in the
-        compute dtype; `rows`, one a combination and way: `way`, `dtype`, `size`, `batch_size`, `ensemble`,
+        `device`, `threads`, `kernels` (`triton` or `torch`: whose injections and norms run), `torch`, `date` and so on;
+        `peak_tflops`, what a large matrix product reaches in the compute dtype; `rows`, one a combination and way:
+        `way`, `dtype`, `size`, `batch_size`, `ensemble`,
         `seconds_per_image`, `images_per_second`, `tflop_per_image` (products and attention), `tflops` (reached),
         `of_peak` (None in another dtype), `peak_memory_gib` (weights and what a run adds; None where it is not known),
         `ratio` (its seconds over ours), and `cosine` with our dense cells (`mean`, `percentile_1`, `least`; None for
@@ -322,6 +324,7 @@ def _machine(model: SketchFusion) -> dict[str, Any]:
         "device": f"{device.type}: {name}",
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "kernels": "triton" if usable(torch.empty(0, device=device, dtype=model.dtype)) else "torch",
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
         "peak_tflops": _peak_tflops(device, model.dtype),
@@ -388,8 +391,8 @@ _ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
 def table(result: dict[str, Any]) -> str:
     """The result for a person to read."""
     lines = [
-        f"{result['model']} on {result['device']}, {result['dtype']}, {result['threads']} threads, torch "
-        f"{result['torch']}, {result['date']}, medians of {result['runs']} runs",
+        f"{result['model']} on {result['device']}, {result['dtype']}, {result['threads']} threads, "
+        f"{result['kernels']}'s kernels, torch {result['torch']}, {result['date']}, medians of {result['runs']} runs",
         f"a large matrix product reaches {result['peak_tflops']:.2f} TFLOP/s",
         "",
         f"{'size':>5}{'batch':>6}{'noises':>7}  {'way':<14}{'dtype':<9}{'s/image':>9}{'images/s':>10}{'ratio':>8}"

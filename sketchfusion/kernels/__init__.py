@@ -25,7 +25,9 @@ def _found() -> bool:
     if find_spec("triton") is None:
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    # Debian's own Python names another place first, where pip installs and no headers are.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
     return INTERPRETED or (torch.version.cuda is not None and compiler is not None and headers.is_file())
 
 

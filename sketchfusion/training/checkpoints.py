@@ -19,6 +19,7 @@ from ..tasks.recognition import Recognition, make_head
 
 STATE = "training.safetensors"
 HEAD = "head.safetensors"
+LONG = 32 * "?"  # what stands for something else, and is not shown
 
 
 class State:
@@ -28,7 +29,7 @@ class State:
 
     Args:
         folder: of the run.
-        run: its fingerprint; the state of another run is refused.
+        run: what it is, by name (see `loop.identity`); the state of another run is refused.
         module: its parameters that require gradients are kept.
         optimizer: AdamW over just these.
         scaler: of the gradients, in float16.
@@ -37,7 +38,7 @@ class State:
     def __init__(
         self,
         folder: Path,
-        run: str,
+        run: dict[str, str],
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None = None,
@@ -52,7 +53,7 @@ class State:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
         scaling = {} if self.scaler is None else {"scaler": json.dumps(self.scaler.state_dict())}
-        write_tensors(tensors, self.path, {"step": str(step), "run": self.run} | scaling)
+        write_tensors(tensors, self.path, {"step": str(step), "run": json.dumps(self.run)} | scaling)
 
     @torch.no_grad()
     def resume(self) -> int:
@@ -66,13 +67,7 @@ class State:
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("run") != self.run:
-                    raise SketchFusionError(
-                        f"{self.path.parent} holds another run, with other settings, images or model (one that begins "
-                        "at random needs torch.manual_seed before it is built): name another "
-                        f"folder, or delete {self.path.name} to begin afresh there (an image that stopped a run has to "
-                        "be replaced under its name for the run to go on)"
-                    )
+                self._check_same(json.loads(metadata.get("run", "{}")))
                 for name, parameter in self.parameters.items():
                     parameter.copy_(file.get_tensor(f"weight.{name}"))
                     keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in file.keys()]  # noqa: SIM118
@@ -84,6 +79,23 @@ class State:
                 return int(metadata["step"])
         except (OSError, SafetensorError) as error:
             raise SketchFusionError(f"{self.path} is damaged ({error}): delete it to begin afresh") from error
+
+    def _check_same(self, other: dict[str, str]) -> None:
+        differing = [name for name in self.run if other.get(name) != self.run[name]]
+        if not differing:
+            return
+        named = [
+            f"{name} {other[name]}" if len(other.get(name, LONG)) < len(LONG) else f"other {name}" for name in differing
+        ]
+        hints = {
+            "weights to begin with": "a model that begins at random needs torch.manual_seed before it is built",
+            "tasks or images": "an image that stopped a run has to be replaced under its name for the run to go on",
+        }
+        hint = "".join(f" ({words})" for name, words in hints.items() if name in differing)
+        raise SketchFusionError(
+            f"{self.path.parent} holds another run, with {', '.join(named)}: name another folder, or delete "
+            f"{self.path.name} to begin afresh there{hint}"
+        )
 
 
 def save_finetuned(model: SketchFusion, folder: Path) -> None:

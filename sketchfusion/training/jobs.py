@@ -163,8 +163,8 @@ def make_job(
 
         def figures(model: SketchFusion) -> dict[str, Any]:
             if level == "fine":
-                return protocols.fg_sbir(_fused(model), apart)[0].figures
-            return protocols.zs_sbir(_fused(model), apart)[0].figures
+                return protocols.fg_sbir(_fused(model, images), apart)[0].figures
+            return protocols.zs_sbir(_fused(model, images), apart)[0].figures
 
         shown: tuple[str, ...] = ("acc_1", "acc_5") if level == "fine" else ("map_all", "p_100")
     elif name == "recognition":
@@ -185,7 +185,7 @@ def make_job(
         task = Correspondence(kept, pairs=half)
 
         def figures(model: SketchFusion) -> dict[str, Any]:
-            return protocols.correspondence(_fused(model), apart)[0].figures
+            return protocols.correspondence(_fused(model, images), apart)[0].figures
 
         shown = ("pck_5", "pck_10")
     else:
@@ -202,7 +202,7 @@ def make_job(
         task = Segmentation(kept, drawn, pairs=half)
 
         def figures(model: SketchFusion) -> dict[str, Any]:
-            return protocols.segmentation(_fused(model), apart, queries)[0].figures
+            return protocols.segmentation(_fused(model, images), apart, queries)[0].figures
 
         shown = ("miou", "pacc")
 
@@ -231,8 +231,9 @@ def _usable(task: str, data: DataSet, sketches: DataSet | None) -> DataSet:
     return data.of_classes([name for name in data.classes if name in both], f"without {len(lost)} classes")
 
 
-def _fused(model: SketchFusion) -> Extractor:
-    return Extractor(model, ["fused"], progress=False)
+def _fused(model: SketchFusion, images: int) -> Extractor:
+    """No more images a forward than in a step of training, for which there is memory."""
+    return Extractor(model, ["fused"], batch_size=min(images, model.default_batch_size), progress=False)
 
 
 def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Record]) -> float:

@@ -36,6 +36,7 @@ from .views import draw_view
 log = logging.getLogger(__name__)
 
 ABLATIONS = ("adapters", "mixing")
+DIGEST = 16  # bytes
 SMALLEST_SCALE = 1e-4  # of float16 gradients: it begins at 65,536, and halves with each step that overflows
 _LEAST = {"steps": 1, "accumulate": 1, "views": 1, "seed": 0, "checkpoint_every": 1, "validate_every": 0}
 
@@ -252,7 +253,7 @@ def _train(
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99))
     records = tuple(dict.fromkeys(record for task in jobs for record in task.records))
     rank, world = accelerator.process_index, accelerator.num_processes
-    run = fingerprint(model, jobs, settings, kept=cache is not None, processes=world)
+    run = identity(model, jobs, settings, kept=cache is not None, processes=world)
     make_folder(out)
     state = checkpoints.State(out, run, trainee, optimizer, accelerator.scaler)
     first = state.resume()
@@ -371,21 +372,34 @@ def _check_scale(scaler: torch.amp.GradScaler, step: int) -> None:
         )
 
 
-def fingerprint(model: SketchFusion, tasks: Sequence[Task], settings: Settings, *, kept: bool, processes: int) -> str:
-    """What a run is: the state of one with the same fingerprint goes on in it to the same losses."""
+def identity(
+    model: SketchFusion, tasks: Sequence[Task], settings: Settings, *, kept: bool, processes: int
+) -> dict[str, str]:
+    """What a run is, by name: the state of one that is the same in everything goes on in it to the same losses."""
     config = dataclasses.replace(model.config, task=None, training_data=None, metrics={}, license=None).to_dict()
     plan = dataclasses.asdict(settings)
     # These may change between a kill and going on.
     for key in ("checkpoint_every", "validate_every", "gradient_checkpointing"):
         plan.pop(key)
     shown = [(t.name, str(t), _plain(t), [_identity(record) for record in t.records]) for t in tasks]
-    begun = hashlib.blake2b(digest_size=16)  # the weights that the run begins with
+    begun = hashlib.blake2b(digest_size=DIGEST)  # the weights that the run begins with
     fixed = (p for t in tasks for p in t.parameters() if not p.requires_grad)  # a head's others come with the state
     for tensor in (*model.trainable_parameters(), *fixed):
         begun.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     frozen = digest_of(model.diffusion.vae, model.diffusion.unet, model.semantic.model)
-    parts = [config, plan, shown, kept, processes, str(model.dtype), frozen, begun.hexdigest()]
-    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
+    digests = {
+        name: hashlib.blake2b(json.dumps(part, default=str).encode(), digest_size=DIGEST).hexdigest()
+        for name, part in (("configuration", config), ("tasks or images", shown))
+    }
+    return {
+        **{name: str(value) for name, value in plan.items()},
+        "cache": "kept" if kept else "none",
+        "processes": str(processes),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **digests,
+        "backbones": frozen,
+        "weights to begin with": begun.hexdigest(),
+    }
 
 
 def _identity(record: Record) -> tuple[Any, ...]:
