@@ -188,6 +188,19 @@ def test_gradients_of_group_norm(dtype: torch.dtype, silu: bool) -> None:
         torch.testing.assert_close(one.double(), other, rtol=0, atol=max(bound, 1e-5))
 
 
+@runs_kernels
+def test_frozen_group_norms_cost_no_gradients_of_their_weights() -> None:
+    x, affine = draw(0, (2, 6, 5, 7), torch.float32, "channels_last").requires_grad_(), torch.rand(2, 6, device=DEVICE)
+    out = group_norm.group_norm(x, 3, affine[0], affine[1], 1e-5, True)
+    with patch.object(torch.autograd, "grad", wraps=torch.autograd.grad) as grad:
+        out.square().sum().backward()
+    ((_, learned, _),) = [call.args for call in grad.call_args_list]
+    assert [tensor.shape for tensor in learned] == [x.shape]
+    again = x.detach().double().requires_grad_()
+    group_norm.reference(again, 3, *affine.double(), 1e-5, True).square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), again.grad, rtol=1e-4, atol=1e-4)
+
+
 # ---- where they run
 
 

@@ -30,7 +30,10 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionMode
 
 from sketchfusion import ConfigError, Features, LoadError, SketchFusion, SketchFusionError
 from sketchfusion.backbones.diffusion import make_null_prompt
+from sketchfusion.data import DataSet, Record
 from sketchfusion.hub import MIRRORS, Location
+from sketchfusion.tasks.recognition import Recognition
+from sketchfusion.training.checkpoints import load_head, save_head
 
 DIFFUSION, SEMANTIC, CHECKPOINT = "someone/diffusion", "someone/vision", "someone/checkpoint"
 WEIGHTS = {
@@ -157,6 +160,19 @@ def test_the_hub_and_the_folder_are_one(published: Path, hub: HubServer, model: 
     assert hub.asked("someone/", "GET")
     assert not hub.asked("text_encoder")
     assert not hub.asked("tokenizer")
+
+
+def test_a_head_on_the_hub(published: Path, hub: HubServer) -> None:
+    sketches = tuple(Record(f"{name}.png", "sketch", name) for name in ("cat", "dog"))
+    task = Recognition(DataSet("pets", ("cat", "dog"), sketches, "all"), 32)
+    save_head(task, published)
+    commit = hub.publish(CHECKPOINT, published)
+    hub.publish(CHECKPOINT, {"config.json": b"{}"})
+    head, classes = load_head(CHECKPOINT, revision=commit)
+    assert classes == ("cat", "dog")
+    assert torch.equal(head[1].weight, task.head[1].weight)  # type: ignore[index]
+    with pytest.raises(LoadError, match=f"{CHECKPOINT}@.* has no head"):
+        load_head(CHECKPOINT)
 
 
 def test_the_second_time_nothing_is_downloaded(published: Path, hub: HubServer) -> None:

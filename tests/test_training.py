@@ -263,10 +263,11 @@ def test_a_head_comes_back(untrained: SketchFusion, shapes: DataSet, tmp_path: P
     pooled = torch.randn(3, 32)
     assert classes == task.classes == tuple(sorted(SHAPES))
     assert torch.equal(head(pooled), task.head(pooled))
-    other = tmp_path / "other"
+    other, empty = tmp_path / "other", tmp_path / "empty"
     other.mkdir()
+    empty.mkdir()
     save_file({"x": torch.ones(2)}, other / HEAD, metadata={"classes": "[]"})
-    for folder in (tmp_path / "cache", other):
+    for folder in (empty, other, "mini"):
         with pytest.raises(LoadError, match="no head"):
             load_head(folder)
 

@@ -170,13 +170,15 @@ if TRITON:
         ctx.rest = groups, eps, silu
 
     def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Through the reference, recomputed: it is needed in training alone."""
+        """Through the reference, recomputed: it is needed in training alone, and mostly with frozen weights."""
         groups, eps, silu = ctx.rest
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        learn = (True, ctx.needs_input_grad[2], ctx.needs_input_grad[3])
+        inputs = [tensor.detach().requires_grad_(asked) for tensor, asked in zip(ctx.saved_tensors, learn, strict=True)]
         with torch.enable_grad():
             x, weight, bias = inputs
             out = reference(x, groups, weight, bias, eps, silu)
-        x, weight, bias = torch.autograd.grad(out, inputs, gradient)
+        found = iter(torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], gradient))
+        x, weight, bias = (next(found) if asked else None for asked in learn)
         return x, None, weight, bias, None, None
 
     fused.register_autograd(_backward, setup_context=_keep)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LoadError, SketchFusionError
 from ..files import staged, write_tensors
+from ..loading import Access, PathLike, find_checkpoint
 from ..model import SketchFusion
 from ..tasks import Task
 from ..tasks.recognition import Recognition, make_head
@@ -122,8 +122,19 @@ def save_head(task: Task, folder: Path) -> None:
     write_tensors(tensors, folder / HEAD, {"task": task.name, "classes": json.dumps(task.classes)})
 
 
-def load_head(folder: str | os.PathLike) -> tuple[nn.Module, tuple[str, ...]]:
+def load_head(
+    source: PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: PathLike | None = None,
+    local_files_only: bool = False,
+) -> tuple[nn.Module, tuple[str, ...]]:
     """The recognition head that training wrote into a checkpoint folder, in eval mode, and its classes.
+
+    Args:
+        source: the folder, or a Hub repository that such a folder was uploaded to.
+        revision, token, cache_dir, local_files_only: as for `SketchFusion.from_pretrained`.
 
     Returns:
         A module (N, D) -> (N, classes) on the CPU, as the features of a list are, and the classes' names in the order
@@ -132,7 +143,8 @@ def load_head(folder: str | os.PathLike) -> tuple[nn.Module, tuple[str, ...]]:
     Raises:
         LoadError: there is none, or it is damaged.
     """
-    path = Path(folder) / HEAD
+    place = find_checkpoint(source, revision, Access(token, cache_dir, local_files_only))
+    path = place.safetensors(HEAD)
     try:
         with safe_open(path, framework="pt") as file:
             classes = tuple(json.loads((file.metadata() or {})["classes"]))
@@ -140,6 +152,6 @@ def load_head(folder: str | os.PathLike) -> tuple[nn.Module, tuple[str, ...]]:
         hidden, width = weights["1.weight"].shape
         head = make_head(width, len(classes), hidden if "4.weight" in weights else None)
         head.load_state_dict(weights)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise LoadError(f"{path} is no head that training wrote: {error}") from error
     return head.eval(), classes
