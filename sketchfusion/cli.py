@@ -34,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hub repository.")]
+Model = Annotated[str, typer.Option("--model", help="Bundled name, folder or Hub repository (owner/name@revision).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, float32, bfloat16, float16, float64.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]

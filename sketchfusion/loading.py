@@ -61,7 +61,7 @@ class Networks:
 
 
 def find_checkpoint(source: PathLike, revision: str | None, access: Access) -> Location:
-    """A bundled name, else an existing folder, else a Hub repository."""
+    """A bundled name, else an existing folder, else a Hub repository, whose name may end in `@` and the revision."""
     if not isinstance(source, str | os.PathLike):
         raise LoadError(f"a checkpoint is a bundled name, a folder or a Hub repository, not {type(source).__name__}")
     name = os.fspath(source)
@@ -70,6 +70,9 @@ def find_checkpoint(source: PathLike, revision: str | None, access: Access) -> L
         raise LoadError(f"revision={revision!r} is for Hub repositories, and {name!r} is on this disk")
     if name in bundled:
         return Location(str(BUNDLED / name))
+    if revision is None and not Path(name).is_dir():
+        name, _, after = name.partition("@")
+        revision = after or None
     if not name or (not Path(name).is_dir() and name.count("/") != 1):
         raise LoadError(
             f"{name!r} is no bundled model ({', '.join(bundled)}), no existing folder, and no Hub repository "

@@ -193,6 +193,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(published: Path, hub: HubServe
     other = load(revision="other")
     assert not same(other, main)
     assert same(load(revision=second), other)
+    assert same(load(f"{CHECKPOINT}@other"), other)
     hub.publish(CHECKPOINT, published, "main")
     assert same(load(), other)
     assert same(load(revision=first), main)
