@@ -19,7 +19,7 @@ from ..tasks.recognition import Recognition, make_head
 
 STATE = "training.safetensors"
 HEAD = "head.safetensors"
-LONG = 32 * "?"  # what stands for something else, and is not shown
+LONG = 32  # characters of a digest, which says nothing to a reader
 
 
 class State:
@@ -85,7 +85,7 @@ class State:
         if not differing:
             return
         named = [
-            f"{name} {other[name]}" if len(other.get(name, LONG)) < len(LONG) else f"other {name}" for name in differing
+            f"{name} {other[name]}" if 0 < len(other.get(name, "")) < LONG else f"other {name}" for name in differing
         ]
         hints = {
             "weights to begin with": "a model that begins at random needs torch.manual_seed before it is built",
