@@ -403,7 +403,9 @@ def train(
     )  # fmt: skip
 
     def some(where: tuple[str, Path], names: str, one: str | None) -> DataSet:
-        found = load(*where, classes=names, part=one)
+        return few(load(*where, classes=names, part=one))
+
+    def few(found: DataSet) -> DataSet:
         return found if limit is None else limited(found, limit)
 
     loaded = [some(*plan) for plan in zip(sets, chosen, parts, strict=True)]
@@ -415,7 +417,8 @@ def train(
     if sketches is not None and sketches_root is not None:
         masked = [i for i, name in enumerate(task) if name == "segmentation"]
         photos = [part for i in masked for part in (loaded[i], apart[i]) if isinstance(part, DataSet)]
-        drawn = load_common(sketches, sketches_root, sorted({label for part in photos for label in part.classes}))
+        labels = sorted({label for part in photos for label in part.classes})
+        drawn = few(load_common(sketches, sketches_root, labels))
 
     where = resolve_device(device)
     # float16 needs its gradients scaled, which `train` does; bfloat16 does not.

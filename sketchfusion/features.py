@@ -94,18 +94,20 @@ class Features:
             if any(value is None for value in values):
                 raise SketchFusionError(f"some of these features have {name} ones and others have not")
             lone = [isinstance(part.geometry.width, int) for part in parts]
-            rows = [_tensor(v)[None] if one else _tensor(v) for v, one in zip(values, lone, strict=True)]
+            rows = [as_tensor(v)[None] if one else as_tensor(v) for v, one in zip(values, lone, strict=True)]
             try:
                 whole = torch.cat(rows)
             except RuntimeError as error:
                 raise SketchFusionError(f"the {name} features do not fit together: {error}") from None
             return whole.numpy() if all(isinstance(value, np.ndarray) for value in values) else whole
 
+        pooled, dense = joined("pooled"), joined("dense")
+        device = next((whole.device for whole in (pooled, dense) if isinstance(whole, Tensor)), "cpu")
         fields = zip(*(part.geometry for part in parts), strict=True)
-        places = [torch.cat([torch.as_tensor(value).reshape(-1) for value in field]) for field in fields]
+        places = [torch.cat([torch.as_tensor(value, device=device).reshape(-1) for value in field]) for field in fields]
         return cls(
-            joined("pooled"),
-            joined("dense"),
+            pooled,
+            dense,
             Geometry(*places),
             None if None in paths else [path for some in paths for path in some or ()],
             models.pop() if len(models) == 1 else None,
@@ -134,7 +136,7 @@ class Features:
         Arrays become tensors. The geometry follows to the device and stays in integers.
         """
         pooled, dense = (
-            None if value is None else _tensor(value).to(*args, **kwargs) for value in (self.pooled, self.dense)
+            None if value is None else as_tensor(value).to(*args, **kwargs) for value in (self.pooled, self.dense)
         )
         moved = pooled if pooled is not None else dense
         geometry = self.geometry
@@ -176,11 +178,11 @@ class Features:
         if self.dense is None:
             raise SketchFusionError("these features have no dense map to sample; encode with dense=True")
         single = isinstance(self.geometry.width, int)
-        dense = _tensor(self.dense)
+        dense = as_tensor(self.dense)
         try:
             if not isinstance(points, Tensor | np.ndarray):
                 points = np.asarray(points, dtype=np.float64)
-            places = _tensor(points).to(dense.device)
+            places = as_tensor(points).to(dense.device)
         except (TypeError, ValueError) as error:
             raise SketchFusionError(f"points are numbers in an array, a tensor or lists: {error}") from None
         if not places.is_floating_point():
@@ -229,7 +231,7 @@ class Features:
         if paths is not None and len(paths) != count:
             raise SketchFusionError(f"{len(paths)} paths for the features of {count} images")
         tensors = {
-            name: _tensor(value).detach().contiguous()
+            name: as_tensor(value).detach().contiguous()
             for name, value in (("pooled", self.pooled), ("dense", self.dense))
             if value is not None
         }
@@ -289,7 +291,7 @@ def _restored(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Features:
     return Features(pooled, dense, geometry, paths, metadata.get("model"))
 
 
-def _tensor(value: Tensor | np.ndarray) -> Tensor:
+def as_tensor(value: Tensor | np.ndarray) -> Tensor:
     """A tensor that shares the array's memory where torch can share it."""
     if isinstance(value, Tensor):
         return value

@@ -66,17 +66,16 @@ def find_checkpoint(source: PathLike, revision: str | None, access: Access) -> L
         raise LoadError(f"a checkpoint is a bundled name, a folder or a Hub repository, not {type(source).__name__}")
     name = os.fspath(source)
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
+    if revision is None and "@" in name and name not in bundled and not Path(name).is_dir():
+        name, _, revision = name.partition("@")
     if revision is not None and (name in bundled or Path(name).is_dir()):
         raise LoadError(f"revision={revision!r} is for Hub repositories, and {name!r} is on this disk")
     if name in bundled:
         return Location(str(BUNDLED / name))
-    if revision is None and not Path(name).is_dir():
-        name, _, after = name.partition("@")
-        revision = after or None
-    if not name or (not Path(name).is_dir() and name.count("/") != 1):
+    if not name or revision == "" or (not Path(name).is_dir() and name.count("/") != 1):
         raise LoadError(
             f"{name!r} is no bundled model ({', '.join(bundled)}), no existing folder, and no Hub repository "
-            "(owner/name)"
+            "(owner/name, or owner/name@revision)"
         )
     return find_origin(name, revision, access, "config.json")
 

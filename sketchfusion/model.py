@@ -92,7 +92,7 @@ class SketchFusion(nn.Module):
         self._null_prompt = diffusion.null_prompt  # what is saved; the backbone's is rounded to the compute dtype
         self._graphs = Graphs()
         self._origins: dict[str, Origin] = {}
-        self._fingerprint: tuple[Hashable, str] | None = None  # of which weights, and what it is
+        self._fingerprint: tuple[Hashable, str] | None = None  # sums and norms of which weights, and what it is
         self._variant: str | None = None
         self._warned_untrained = False
         self.eval()
@@ -126,14 +126,12 @@ class SketchFusion(nn.Module):
         """16 hexadecimal digits: features can be compared where those of their models are equal.
 
         They are made of the adapters and the aggregator as they are saved, the null prompt, and what the configuration
-        says of the computing. Device, dtype, `ensemble` and `size` do not count, nor what the backbones are and where
-        they come from: who passes others to `from_pretrained` compares at his own risk.
+        says of the computing. Device, dtype, `ensemble` and `size` do not count, nor the backbones' weights and where
+        they come from: who passes others to `from_pretrained`, or trains them, compares at his own risk.
         """
-        # Each step of training counts a weight's version up.
-        weights = tuple(
-            (weight.data_ptr(), None if weight.is_inference() else weight._version)
-            for weight in self.trainable_parameters()
-        )
+        # A weight's version does not tell whether it is still the same: fused optimisers do not count it up.
+        parameters = [parameter.detach() for parameter in self.trainable_parameters()]
+        weights = tuple(torch.stack([part for p in parameters for part in (p.sum(), p.norm())]).tolist())
         if self._fingerprint is None or self._fingerprint[0] != weights:
             config = self.config.to_dict()
             for name in REPLACEABLE:
@@ -451,7 +449,7 @@ class SketchFusion(nn.Module):
         single: bool,
     ) -> Iterator[Features]:
         """Features batch by batch: in host memory, or on the device for a single image."""
-        limit = options.batch_size
+        limit, model = options.batch_size, self.fingerprint
         pending: list[tuple[Tensor, Geometry]] = []
         running: deque[Callable[[], Features]] = deque()
 
@@ -460,7 +458,7 @@ class SketchFusion(nn.Module):
             while pending:
                 finish: Callable[[], Features] | None = None
                 try:
-                    finish = self._launch(pending[:limit], options, limit, single)
+                    finish = self._launch(pending[:limit], options, limit, single, model)
                 except torch.OutOfMemoryError as error:
                     graphs = self._graphs.clear()
                     if limit == 1 and not graphs:
@@ -511,7 +509,7 @@ class SketchFusion(nn.Module):
 
     @torch.inference_mode(False)  # a caller's inference mode would make tensors that nothing can be trained on
     def _launch(
-        self, items: list[tuple[Tensor, Geometry]], options: _Options, rows: int, single: bool
+        self, items: list[tuple[Tensor, Geometry]], options: _Options, rows: int, single: bool, model: str
     ) -> Callable[[], Features]:
         """Start computing the features of a batch; what is returned waits for them. A CPU has computed them by then."""
         cuda = self.device.type == "cuda"
@@ -527,7 +525,6 @@ class SketchFusion(nn.Module):
             parts = [None if part is None else part.to("cpu", non_blocking=cuda) for part in parts]
         finite = finite.to("cpu", non_blocking=cuda)
         done = torch.cuda.current_stream(self.device).record_event() if cuda else None
-        model = self.fingerprint
 
         @torch.inference_mode(False)
         def finish() -> Features:
@@ -571,6 +568,7 @@ class SketchFusion(nn.Module):
     def _gather(self, batches: Iterator[Features], options: _Options) -> Features:
         """One Features of all batches. Each batch is released as it is copied, so the peak is the result's size."""
         parts = list(batches)
+        model = parts[0].model if parts else self.fingerprint
         count = sum(len(part) for part in parts)
         width, grid = self.config.aggregator_width, self.config.aggregator_grid
         kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -586,7 +584,7 @@ class SketchFusion(nn.Module):
             if dense is not None:
                 dense[rows] = part.dense
             row += len(part)
-        return Features(pooled=pooled, dense=dense, geometry=geometry, model=self.fingerprint)
+        return Features(pooled=pooled, dense=dense, geometry=geometry, model=model)
 
     def _warn_if_untrained(self) -> None:
         """Once: zero adapters inject nothing, and an aggregator at its initialisation mixes at random."""

@@ -216,6 +216,21 @@ def test_under_the_interpreter() -> None:
     assert "passed" in done.stdout
 
 
+def test_debians_python_has_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Outside a virtual environment its first scheme is where pip installs; Triton takes the headers of the other."""
+    (tmp_path / "Python.h").touch()
+    schemes = {"posix_local": tmp_path / "local", "posix_prefix": tmp_path}
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(kernels.sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(kernels.sysconfig, "get_paths", lambda scheme: {"include": str(schemes[scheme])})
+    assert kernels._found()
+    (tmp_path / "Python.h").unlink()
+    assert not kernels._found()
+
+
 WITHOUT = """
 import sys, warnings
 if sys.argv[1] == "hidden":

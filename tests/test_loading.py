@@ -194,6 +194,11 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(published: Path, hub: HubServe
     assert not same(other, main)
     assert same(load(revision=second), other)
     assert same(load(f"{CHECKPOINT}@other"), other)
+    for wrong in (f"{published}@other", "mini@other"):
+        with pytest.raises(LoadError, match="revision='other' is for Hub repositories"):
+            load(wrong)
+    with pytest.raises(LoadError, match="no Hub repository"):
+        load(f"{CHECKPOINT}@")
     hub.publish(CHECKPOINT, published, "main")
     assert same(load(), other)
     assert same(load(revision=first), main)

@@ -485,16 +485,21 @@ def test_features_name_their_model_by_what_they_depend_on(model: SketchFusion, t
     model.save_pretrained(tmp_path, include_backbones=True)
     with torch.inference_mode():
         loaded = SketchFusion.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
+        loaded.config = dataclasses.replace(loaded.config, task="another", ensemble=2)
         assert loaded.fingerprint == first
-    loaded.config = dataclasses.replace(loaded.config, task="another", ensemble=2)
+        loaded.aggregator.mixing_weights.add_(1)
+        assert loaded.fingerprint != first
+        loaded.aggregator.mixing_weights.sub_(1)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"timestep": 195', '"timestep": 196'))
     later = SketchFusion.from_pretrained(tmp_path, device="cpu")
     assert len({first, loaded.fingerprint, later.fingerprint}) == 2
-    optimiser = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
-    model(*batch(model)).pooled.square().sum().backward()
-    optimiser.step()
-    assert model.encode(PICTURES[0]).model == model.fingerprint != first
+    for fused in (False, True):
+        optimiser = torch.optim.AdamW(model.trainable_parameters(), lr=0.1, fused=fused)
+        model(*batch(model)).pooled.square().sum().backward()
+        before = model.fingerprint
+        optimiser.step()
+        assert model.encode(PICTURES[0]).model == model.fingerprint != before
 
 
 def test_reset_forgets_what_was_trained_and_what_it_was_for(model: SketchFusion) -> None:

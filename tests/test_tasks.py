@@ -156,6 +156,7 @@ class TestRetrievalMetrics:
         one = Features(torch.tensor([0.0, 2.0]), None, place, model="one")
         assert search(one, gallery, 2)[1].tolist() == [[1, 2]]
         assert search(one, torch.eye(2), 1)[1].tolist() == [[1]]
+        assert search(np.float32([0, 2]), gallery.pooled, 2)[1].tolist() == [[1, 2]]
         assert search(Features(one.pooled, None, place), gallery, 2)[1].tolist() == [[1, 2]]  # of no known model
         with pytest.raises(SketchFusionError, match="model two and the gallery is of one"):
             search(Features(one.pooled, None, place, model="two"), gallery, 1)

@@ -362,7 +362,7 @@ class TestGoingOn:
         train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
         kept = (tmp_path / STATE).read_bytes()
         for plan, data, other in (
-            (dataclasses.replace(FEW, lr=1e-2, steps=7), shapes, "steps 4, lr 0.003: name another folder"),
+            (dataclasses.replace(FEW, lr=1e-2, steps=7), shapes, "steps=4, lr=0.003: name another folder"),
             (FEW, _without_last(shapes), "other tasks or images: name another folder"),
         ):
             untrained.load_state_dict(start)
@@ -375,6 +375,9 @@ class TestGoingOn:
 
     def test_a_damaged_state_is_named(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
         (tmp_path / STATE).write_bytes(b"junk")
+        with pytest.raises(SketchFusionError, match=f"{STATE} is damaged"):
+            train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
+        save_file({"x": torch.ones(1)}, tmp_path / STATE, metadata={"run": "no object"})
         with pytest.raises(SketchFusionError, match=f"{STATE} is damaged"):
             train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
 

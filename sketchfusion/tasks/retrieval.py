@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import DataSet, Record
 from ..errors import ConfigError, SketchFusionError
-from ..features import Features
+from ..features import Features, as_tensor
 from . import Sample
 
 LEVELS, LOSSES = ("category", "fine"), ("info_nce", "triplet")
@@ -160,18 +160,22 @@ def _ids(*names: Sequence[str | None]) -> list[Tensor]:
 
 
 def search(
-    queries: Features | Tensor, gallery: Features | Tensor, k: int, *, block_bytes: int = BLOCK_BYTES
+    queries: Features | Tensor | np.ndarray,
+    gallery: Features | Tensor | np.ndarray,
+    k: int,
+    *,
+    block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest of the gallery by cosine, in blocks of queries.
 
     Args:
-        queries: features, of which the pooled vectors count, or Q vectors (Q, D).
+        queries: features, of which the pooled vectors count, or Q vectors (Q, D), or one (D,).
         gallery: the same of G images: (G, D). The queries are taken to its device.
         k: at most G are returned.
 
     Returns:
         Cosines (Q, k), best first, and rows of the gallery (Q, k); equal cosines keep the gallery's order. A single
-        image is a batch of one.
+        image or vector is a batch of one.
 
     Raises:
         SketchFusionError: features that two models made, or without pooled vectors; vectors of two widths, none at all,
@@ -190,12 +194,11 @@ def search(
     return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
-def _vectors(features: Features | Tensor, name: str) -> Tensor:
-    if isinstance(features, Tensor):
-        return features
-    if features.pooled is None:
+def _vectors(features: Features | Tensor | np.ndarray, name: str) -> Tensor:
+    pooled = features.pooled if isinstance(features, Features) else features
+    if pooled is None:
         raise SketchFusionError(f"the {name} have no pooled vectors; encode with pooled=True")
-    pooled = torch.as_tensor(features.pooled)
+    pooled = as_tensor(pooled)
     return pooled[None] if pooled.ndim == 1 else pooled
 
 

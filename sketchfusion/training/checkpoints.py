@@ -19,7 +19,6 @@ from ..tasks.recognition import Recognition, make_head
 
 STATE = "training.safetensors"
 HEAD = "head.safetensors"
-LONG = 32  # characters of a digest, which says nothing to a reader
 
 
 class State:
@@ -77,16 +76,15 @@ class State:
                 if self.scaler is not None:
                     self.scaler.load_state_dict(json.loads(metadata["scaler"]))
                 return int(metadata["step"])
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise SketchFusionError(f"{self.path} is damaged ({error}): delete it to begin afresh") from error
 
     def _check_same(self, other: dict[str, str]) -> None:
         differing = [name for name in self.run if other.get(name) != self.run[name]]
         if not differing:
             return
-        named = [
-            f"{name} {other[name]}" if 0 < len(other.get(name, "")) < LONG else f"other {name}" for name in differing
-        ]
+        digested = ("configuration", "tasks or images", "backbones", "weights to begin with")
+        named = [f"other {name}" if name in digested else f"{name}={other.get(name)}" for name in differing]
         hints = {
             "weights to begin with": "a model that begins at random needs torch.manual_seed before it is built",
             "tasks or images": "an image that stopped a run has to be replaced under its name for the run to go on",

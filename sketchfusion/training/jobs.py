@@ -174,7 +174,7 @@ def make_job(
             raise SketchFusionError(f"{apart.name} ({apart.split}) has no sketches of the classes that are trained on")
 
         def figures(model: SketchFusion) -> dict[str, Any]:
-            return {"acc_1": _head_accuracy(task, model, known)}
+            return {"acc_1": _head_accuracy(task, model, known, images)}
 
         shown = ("acc_1",)
     elif name == "correspondence":
@@ -236,8 +236,10 @@ def _fused(model: SketchFusion, images: int) -> Extractor:
     return Extractor(model, ["fused"], batch_size=min(images, model.default_batch_size), progress=False)
 
 
-def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Record]) -> float:
-    features = model.encode((record.open() for record in sketches), dense=False, progress=False)
+def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Record], images: int) -> float:
+    opened = (record.open() for record in sketches)
+    few = min(images, model.default_batch_size)
+    features = model.encode(opened, batch_size=few, dense=False, progress=False)
     labels = torch.tensor([task.classes.index(str(record.label)) for record in sketches])
     task.eval()
     device = next(task.parameters()).device
