@@ -401,16 +401,12 @@ def train(
         validate_every=validate_every, without=tuple(without or ()), gradient_checkpointing=gradient_checkpointing,
         finetune=finetune,
     )  # fmt: skip
-
-    def some(where: tuple[str, Path], names: str, one: str | None) -> DataSet:
-        return few(load(*where, classes=names, part=one))
-
-    def few(found: DataSet) -> DataSet:
-        return found if limit is None else limited(found, limit)
-
-    loaded = [some(*plan) for plan in zip(sets, chosen, parts, strict=True)]
+    loaded = [
+        limited(load(*where, classes=names, part=one), limit)
+        for where, names, one in zip(sets, chosen, parts, strict=True)
+    ]
     apart: list[Any] = [
-        float(names) if is_number(names) else some(where, names, one)
+        float(names) if is_number(names) else limited(load(*where, classes=names, part=one), limit)
         for where, names, one in zip(sets, apart_of, parts, strict=True)
     ]
     drawn = None
@@ -418,7 +414,7 @@ def train(
         masked = [i for i, name in enumerate(task) if name == "segmentation"]
         photos = [part for i in masked for part in (loaded[i], apart[i]) if isinstance(part, DataSet)]
         labels = sorted({label for part in photos for label in part.classes})
-        drawn = few(load_common(sketches, sketches_root, labels))
+        drawn = limited(load_common(sketches, sketches_root, labels), limit)
 
     where = resolve_device(device)
     # float16 needs its gradients scaled, which `train` does; bfloat16 does not.

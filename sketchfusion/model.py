@@ -458,7 +458,7 @@ class SketchFusion(nn.Module):
             while pending:
                 finish: Callable[[], Features] | None = None
                 try:
-                    finish = self._launch(pending[:limit], options, limit, single, model)
+                    finish = self._launch(pending[:limit], options, limit, single)
                 except torch.OutOfMemoryError as error:
                     graphs = self._graphs.clear()
                     if limit == 1 and not graphs:
@@ -478,6 +478,7 @@ class SketchFusion(nn.Module):
             """What the batches give, but for the last `left`, which the device goes on with meanwhile."""
             while len(running) > left:
                 features = running.popleft()()
+                features.model = model
                 bar.advance(len(features))
                 yield features
 
@@ -509,7 +510,7 @@ class SketchFusion(nn.Module):
 
     @torch.inference_mode(False)  # a caller's inference mode would make tensors that nothing can be trained on
     def _launch(
-        self, items: list[tuple[Tensor, Geometry]], options: _Options, rows: int, single: bool, model: str
+        self, items: list[tuple[Tensor, Geometry]], options: _Options, rows: int, single: bool
     ) -> Callable[[], Features]:
         """Start computing the features of a batch; what is returned waits for them. A CPU has computed them by then."""
         cuda = self.device.type == "cuda"
@@ -537,7 +538,7 @@ class SketchFusion(nn.Module):
             pooled, dense = parts
             if cuda and not single:  # they lie in pinned memory, of which there is little
                 pooled, dense = (None if part is None else part.clone() for part in parts)
-            return Features(pooled=pooled, dense=dense, geometry=geometry, model=model)
+            return Features(pooled=pooled, dense=dense, geometry=geometry)
 
         return finish
 

@@ -41,11 +41,13 @@ def _fraction(record: Record, seed: int) -> float:
     return int.from_bytes(digest) / 2**48
 
 
-def limited(data: DataSet, count: int) -> DataSet:
-    """At most `count` sketches and `count` photos of each class, evenly spaced, always the same ones.
+def limited(data: DataSet, count: int | None) -> DataSet:
+    """At most `count` sketches and `count` photos of each class, evenly spaced, always the same ones; None: all.
 
     The photos that the sketches were drawn from come first.
     """
+    if count is None:
+        return data
     if count < 1:
         raise ConfigError("limit", f"is {count}", legal="an integer from 1 up")
     groups: dict[str | None, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..data import DataSet, limited, load, load_common
+from ..data import limited, load, load_common
 from ..errors import ConfigError
 from ..loading import PathLike
 from ..model import SketchFusion
@@ -79,18 +79,15 @@ def evaluate(
     if task == "recognition" and tested and "held_out" in settings:
         raise ConfigError("held_out", "is a share of what is fitted to, and there is a test set", legal="one of them")
 
-    def some(loaded: DataSet) -> DataSet:
-        return loaded if limit is None else limited(loaded, limit)
-
     if task == "recognition" and part in ("valid", "test"):
-        settings["test"] = some(load(data, settings.get("test", root), classes=classes, part=part))
+        settings["test"] = limited(load(data, settings.get("test", root), classes=classes, part=part), limit)
         part = "train"
     elif "test" in settings:
-        settings["test"] = some(load(data, settings["test"], classes=classes, part=part))
-    chosen = some(load(data, root, classes=classes, part=part))
+        settings["test"] = limited(load(data, settings["test"], classes=classes, part=part), limit)
+    chosen = limited(load(data, root, classes=classes, part=part), limit)
     for name in {"photos", "sketches"} & settings.keys():
         other, place = settings[name]
-        settings[name] = some(load_common(other, place, chosen.classes))
+        settings[name] = limited(load_common(other, place, chosen.classes), limit)
         common = settings[name].classes
         if len(common) < len(chosen.classes):
             chosen = chosen.of_classes(common, f"{len(common)} of its {len(chosen.classes)} classes")

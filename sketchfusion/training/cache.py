@@ -104,7 +104,7 @@ class FrozenCache:
         entries = (Entry(record, view) for view in range(views) for record in records)
         for names, shard in _shards((f"{keys[e.record]} {draw_view(e.record, e.view, seed)}", e) for e in entries):
             shards.append(shard)
-            self._paths.append(folder / f"{_digest(json.dumps([common, *names]).encode())}.safetensors")
+            self._paths.append(folder / f"{digest(json.dumps([common, *names]).encode())}.safetensors")
         self._places = {entry: (s, row) for s, shard in enumerate(shards) for row, entry in enumerate(shard)}
         self._files: dict[int, Any] = {}
         missing = [s for s, path in enumerate(self._paths) if not path.exists()]
@@ -166,7 +166,7 @@ def _shards(entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[list[str], l
     for name, entry in entries:
         names.append(name)
         run.append(entry)
-        ends = int(_digest(name.encode())[:8], 16) % half == 0
+        ends = int(digest(name.encode())[:8], 16) % half == 0
         if (ends and len(run) >= half) or len(run) == 2 * SHARD:
             yield names, run
             names, run = [], []
@@ -174,7 +174,7 @@ def _shards(entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[list[str], l
         yield names, run
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -199,7 +199,7 @@ def backbones_key(model: SketchFusion) -> str:
     config = model.config
     sees = [(b.image_size, b.mean, b.std) for b in (config.diffusion, config.semantic)]
     seen = repr((sees, model.dtype, model.diffusion.vae.config.scaling_factor))
-    return _digest(f"{seen} {digest_of(model.diffusion.vae, model.semantic.model)}".encode())
+    return digest(f"{seen} {digest_of(model.diffusion.vae, model.semantic.model)}".encode())
 
 
 def digest_of(*networks: nn.Module) -> str:

@@ -137,6 +137,7 @@ def make_job(
     kept = elsewhere.taken_from(kept)
     away = Apart.of(apart.records)
     half = max(1, images // 2)
+    few = min(images, model.default_batch_size)  # to validate: no more than in a step, for which there is memory
     if name == "retrieval":
         # At the fine level a class's other photos are the hard negatives: in Sketchy two to four of those drawn from.
         # Of few classes it takes more photos to fill a batch.
@@ -163,8 +164,8 @@ def make_job(
 
         def figures(model: SketchFusion) -> dict[str, Any]:
             if level == "fine":
-                return protocols.fg_sbir(_fused(model, images), apart)[0].figures
-            return protocols.zs_sbir(_fused(model, images), apart)[0].figures
+                return protocols.fg_sbir(_fused(model, few), apart)[0].figures
+            return protocols.zs_sbir(_fused(model, few), apart)[0].figures
 
         shown: tuple[str, ...] = ("acc_1", "acc_5") if level == "fine" else ("map_all", "p_100")
     elif name == "recognition":
@@ -174,7 +175,7 @@ def make_job(
             raise SketchFusionError(f"{apart.name} ({apart.split}) has no sketches of the classes that are trained on")
 
         def figures(model: SketchFusion) -> dict[str, Any]:
-            return {"acc_1": _head_accuracy(task, model, known, images)}
+            return {"acc_1": _head_accuracy(task, model, known, few)}
 
         shown = ("acc_1",)
     elif name == "correspondence":
@@ -185,7 +186,7 @@ def make_job(
         task = Correspondence(kept, pairs=half)
 
         def figures(model: SketchFusion) -> dict[str, Any]:
-            return protocols.correspondence(_fused(model, images), apart)[0].figures
+            return protocols.correspondence(_fused(model, few), apart)[0].figures
 
         shown = ("pck_5", "pck_10")
     else:
@@ -202,7 +203,7 @@ def make_job(
         task = Segmentation(kept, drawn, pairs=half)
 
         def figures(model: SketchFusion) -> dict[str, Any]:
-            return protocols.segmentation(_fused(model, images), apart, queries)[0].figures
+            return protocols.segmentation(_fused(model, few), apart, queries)[0].figures
 
         shown = ("miou", "pacc")
 
@@ -231,15 +232,13 @@ def _usable(task: str, data: DataSet, sketches: DataSet | None) -> DataSet:
     return data.of_classes([name for name in data.classes if name in both], f"without {len(lost)} classes")
 
 
-def _fused(model: SketchFusion, images: int) -> Extractor:
-    """No more images a forward than in a step of training, for which there is memory."""
-    return Extractor(model, ["fused"], batch_size=min(images, model.default_batch_size), progress=False)
+def _fused(model: SketchFusion, batch_size: int) -> Extractor:
+    return Extractor(model, ["fused"], batch_size=batch_size, progress=False)
 
 
-def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Record], images: int) -> float:
+def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Record], batch_size: int) -> float:
     opened = (record.open() for record in sketches)
-    few = min(images, model.default_batch_size)
-    features = model.encode(opened, batch_size=few, dense=False, progress=False)
+    features = model.encode(opened, batch_size=batch_size, dense=False, progress=False)
     labels = torch.tensor([task.classes.index(str(record.label)) for record in sketches])
     task.eval()
     device = next(task.parameters()).device

@@ -30,13 +30,12 @@ from ..progress import Progress
 from ..tasks import Sample, Task
 from ..tasks.recognition import Recognition
 from . import checkpoints
-from .cache import Embedded, Entry, FrozenCache, digest_of, pixels_of
+from .cache import Embedded, Entry, FrozenCache, digest, digest_of, pixels_of
 from .views import draw_view
 
 log = logging.getLogger(__name__)
 
 ABLATIONS = ("adapters", "mixing")
-DIGEST = 16  # bytes
 SMALLEST_SCALE = 1e-4  # of float16 gradients: it begins at 65,536, and halves with each step that overflows
 _LEAST = {"steps": 1, "accumulate": 1, "views": 1, "seed": 0, "checkpoint_every": 1, "validate_every": 0}
 
@@ -382,21 +381,18 @@ def identity(
     for key in ("checkpoint_every", "validate_every", "gradient_checkpointing"):
         plan.pop(key)
     shown = [(t.name, str(t), _plain(t), [_identity(record) for record in t.records]) for t in tasks]
-    begun = hashlib.blake2b(digest_size=DIGEST)  # the weights that the run begins with
+    begun = hashlib.blake2b(digest_size=16)  # the weights that the run begins with
     fixed = (p for t in tasks for p in t.parameters() if not p.requires_grad)  # a head's others come with the state
     for tensor in (*model.trainable_parameters(), *fixed):
         begun.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     frozen = digest_of(model.diffusion.vae, model.diffusion.unet, model.semantic.model)
-    digests = {
-        name: hashlib.blake2b(json.dumps(part, default=str).encode(), digest_size=DIGEST).hexdigest()
-        for name, part in (("configuration", config), ("tasks or images", shown))
-    }
     return {
         **{name: str(value) for name, value in plan.items()},
         "cache": "kept" if kept else "none",
         "processes": str(processes),
         "dtype": str(model.dtype).removeprefix("torch."),
-        **digests,
+        "configuration": digest(json.dumps(config).encode()),
+        "tasks or images": digest(json.dumps(shown, default=str).encode()),
         "backbones": frozen,
         "weights to begin with": begun.hexdigest(),
     }
