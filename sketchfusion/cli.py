@@ -334,7 +334,9 @@ def train(
     include_backbones: Annotated[bool, typer.Option(help="Copy the backbones into the checkpoint.")] = False,
     seed: Annotated[int, typer.Option(help="Of batches, views and heads.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 200,
-    validate_every: Annotated[int, typer.Option(help="Steps; 0 for the end only.")] = 0,
+    validate_every: Annotated[
+        int, typer.Option(help="Steps, each with a checkpoint in --out, step-N; 0 for the end only.")
+    ] = 0,
     as_json: Json = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Compute dtype; auto: bfloat16 on CUDA and where a CPU has it.")] = "auto",

@@ -242,6 +242,26 @@ def test_every_validation_is_kept_whatever_its_figures_are_called(
     assert SketchFusion.from_pretrained(tmp_path, device="cpu").config.metrics == figures
 
 
+def test_what_was_validated_on_the_way_is_kept(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    def validate(model: SketchFusion) -> dict[str, float]:
+        seen.append(model.aggregator.mixing_weights.detach().clone())
+        return {"metric": float(len(seen))}
+
+    untrained.config = dataclasses.replace(untrained.config, training_data="squares")
+    settings = dataclasses.replace(FEW, validate_every=1)
+    train(untrained, tasks_of("recognition", shapes, 32), tmp_path, settings, validate=validate, training_data="shapes")
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-1", "step-2", "step-3"]  # the last is `out`
+    for step, folder in enumerate([*(tmp_path / f"step-{step}" for step in (1, 2, 3)), tmp_path]):
+        loaded = SketchFusion.from_pretrained(folder, dtype="float32", device="cpu")
+        assert torch.equal(loaded.aggregator.mixing_weights, seen[step].half().float())
+        assert (loaded.config.metrics, loaded.config.task) == ({"metric": step + 1.0}, "recognition")
+        assert loaded.config.training_data == "squares. Then: shapes"
+        assert load_head(folder)[1] == tuple(sorted(SHAPES))
+    assert len({tuple(weights.tolist()) for weights in seen}) == 4
+
+
 def test_folders_that_cannot_be(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
     task, file = tasks_of("retrieval", shapes, 32), tmp_path / "file"
     file.touch()

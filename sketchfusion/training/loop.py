@@ -55,7 +55,7 @@ class Settings:
     views: int = 4  # views an image in the cache, the first the image as it is, the others augmented; 1: only that one
     seed: int = 0  # of batches and views
     checkpoint_every: int = 200  # steps
-    validate_every: int = 0  # steps; 0: at the end only
+    validate_every: int = 0  # steps, each with a checkpoint of its own; 0: at the end only
     without: tuple[str, ...] = ()  # ablations, left as they start: "adapters" (zero), "mixing" (equal weights)
     gradient_checkpointing: bool = False  # recompute the UNet's activations instead of keeping them
     finetune: bool = False  # B-Finetuning: the UNet and the semantic backbone learn too
@@ -142,8 +142,9 @@ def train(
         cache: folder for latents and semantic tokens, which training does not change; without one they are computed
             at every step, from views that are drawn afresh each time.
         validate: called on the model every `validate_every` steps and at the end, in eval mode without gradients; what
-            it returns goes into `validation.csv` and, from the end, into the model card. It should look at classes that
-            are not trained on.
+            it returns goes into `validation.csv` and the checkpoint's card. It should look at classes that are not
+            trained on. Before the end the checkpoint goes into `out/step-<N>`, so that the best one is not lost; with
+            `finetune`, whose backbones are gigabytes, none does.
         training_data: what was trained on, in words, for the model card, which says it after what the model had seen
             before.
         include_backbones: as for `SketchFusion.save_pretrained`.
@@ -283,7 +284,7 @@ def _train(
         settings.steps, images, settings.steps * images / len(records), len(records),
         sum(p.numel() for _, p in parameters),
     )  # fmt: skip
-    figures: dict[str, float] = {}
+    config = model.config
     with (
         Progress("train", "step", settings.steps, progress, done=first) as bar,
         _Batches(model, jobs, settings, kept, rank, first * settings.accumulate) as batches,
@@ -322,26 +323,46 @@ def _train(
             if main and (done or (step + 1) % settings.checkpoint_every == 0):
                 state.save(step + 1)
             if not done and settings.validate_every and (step + 1) % settings.validate_every == 0:
-                _validated(model, validate, out / "validation.csv", step + 1, main)
+                figures = _validated(model, validate, out / "validation.csv", step + 1, main)
+                if figures and not settings.finetune:  # whose backbones are gigabytes
+                    try:
+                        _write(model, jobs, out / f"step-{step + 1}", figures, training_data, include_backbones=False)
+                    finally:
+                        model.config = config
+    figures = {}
     try:
         figures = _validated(model, validate, out / "validation.csv", settings.steps, main)
     finally:  # what was trained is kept, whatever validating it met with
         if main:
-            before = model.config.training_data
-            model.config = dataclasses.replace(
-                model.config,
-                task=", ".join(t.name for t in jobs),
-                training_data=f"{before}. Then: {training_data or 'not stated'}" if before else training_data,
-                metrics=figures,
-            )
-            model.save_pretrained(out, include_backbones=include_backbones or settings.finetune)
+            whole = include_backbones or settings.finetune
+            _write(model, jobs, out, figures, training_data, include_backbones=whole)
             if settings.finetune:
                 checkpoints.save_finetuned(model, out)
-            (out / checkpoints.HEAD).unlink(missing_ok=True)  # of another run that was here before
-            for task in jobs:
-                checkpoints.save_head(task, out)
     accelerator.wait_for_everyone()
     return figures
+
+
+def _write(
+    model: SketchFusion,
+    jobs: Sequence[Task],
+    folder: Path,
+    figures: dict[str, float],
+    training_data: str | None,
+    *,
+    include_backbones: bool,
+) -> None:
+    """The checkpoint and its head, into a folder; the model's configuration says what it was trained for and on."""
+    before = model.config.training_data
+    model.config = dataclasses.replace(
+        model.config,
+        task=", ".join(task.name for task in jobs),
+        training_data=f"{before}. Then: {training_data or 'not stated'}" if before else training_data,
+        metrics=figures,
+    )
+    model.save_pretrained(folder, include_backbones=include_backbones)
+    (folder / checkpoints.HEAD).unlink(missing_ok=True)  # of another run that was here before
+    for task in jobs:
+        checkpoints.save_head(task, folder)
 
 
 @contextmanager
