@@ -74,6 +74,10 @@ def starting() -> Iterator[None]:
 
 
 def complain(problem: SketchFusionError | str) -> None:
+    if isinstance(problem, ConfigError):  # what an option gave is called as the option is
+        option = f"--{problem.key.replace('_', '-')}"
+        if option in [argument.partition("=")[0] for argument in sys.argv]:
+            problem = ConfigError(option, problem.problem, legal=problem.legal)
     print("sketchfusion:", " ".join(str(problem).split()), file=sys.stderr)
 
 
