@@ -67,7 +67,8 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import Features, SketchFusion
-from sketchfusion.data import DataSet, Record, class_names, find_images, limited, load, spaced, split
+from sketchfusion.data import DataError, DataSet, Record, class_names, find_images, limited, load, spaced, split
+from sketchfusion.errors import SketchFusionError
 from sketchfusion.evaluation import protocols
 from sketchfusion.evaluation.rows import ROWS, Extractor
 from sketchfusion.images import collate, open_image
@@ -95,6 +96,7 @@ UNSEEN = class_names("sketchy-mini-unseen")
 # Of what a set has: images of each kind of each class, or of each folder.
 TAKEN = {"sketchy": 25, "tuberlin": 64, "quickdraw": 25, "tiny_imagenet": 80}
 PHOTOS_TAKEN = 1000  # of imagenet_sample
+SETS = ("sketchy", "tuberlin", "quickdraw", "shoes", "voc_animals", "tiny_imagenet", "imagenet_sample")
 
 SEMANTIC = dict(
     hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=224, patch_size=16,
@@ -254,6 +256,10 @@ def root_of(name: str, data: Path, work: Path) -> Path:
         return data / name
     unpacked = work / "sets" / name
     if not unpacked.exists():
+        if not (data / f"{name}.tar").is_file():
+            raise DataError(
+                f"{data} has neither a folder {name} nor {name}.tar: this file says at its top what it holds"
+            )
         with tarfile.open(data / f"{name}.tar") as tar:
             tar.extractall(unpacked.with_suffix(".part"), filter="data")
         unpacked.with_suffix(".part").rename(unpacked)
@@ -265,6 +271,8 @@ def taken(name: str, data: Path, work: Path, *, unseen: bool = False) -> DataSet
     root = root_of(name, data, work)
     inside = {"sketchy": "256x256/photo/tx_000000000000/*", "tuberlin": "png/*", "quickdraw": "simplified/*.ndjson"}
     names = sorted(path.name.removesuffix(".ndjson") for path in root.glob(inside[name]))
+    if not names:
+        raise DataError(f"{root} is not {name}: nothing in it is called {inside[name]}")
     apart = class_names(f"{name}-mini-unseen")
     names = [label for label in names if label not in PAPERS_UNSEEN and (label in apart) == unseen]
     # Class by class: all of Quick, Draw! are fifty million records.
@@ -276,10 +284,14 @@ def taken(name: str, data: Path, work: Path, *, unseen: bool = False) -> DataSet
 
 def catalogue(data: Path, work: Path) -> dict[str, list[Record]]:
     """All images, in the order in which they become arrays, and the teacher's targets with them."""
+    for name in SETS:  # one that is not there is better known at once
+        root_of(name, data, work)
     sketchy, apart = taken("sketchy", data, work), taken("sketchy", data, work, unseen=True)
     others = [taken(name, data, work) for name in ("tuberlin", "quickdraw")]
     sample, tiny = root_of("imagenet_sample", data, work), root_of("tiny_imagenet", data, work)
     animals = load("voc", root_of("voc_animals", data, work), classes=[*ANIMALS, ANIMAL_APART])
+    if not (tiny / "train").is_dir():
+        raise DataError(f"{tiny} is not tiny_imagenet: there is no folder train in it")
     small = [spaced(find_images(folder), TAKEN["tiny_imagenet"]) for folder in sorted((tiny / "train").iterdir())]
     unlabelled = [*find_images(sample, PHOTOS_TAKEN), *dict.fromkeys(record.path for record in animals.records)]
     return {
@@ -1554,7 +1566,10 @@ def main() -> None:
         elif read_record(recorder.path)["phases"].get(phase, {}).get("done"):
             log.info("%s: done already", phase)
             continue
-        result = run[phase](recorder) or {}
+        try:
+            result = run[phase](recorder) or {}
+        except SketchFusionError as error:
+            sys.exit(f"{phase}: {error}")
         recorder.write(done=True, finished=datetime.now(UTC).isoformat(timespec="seconds"), **result)
         log.info("%s: done in %.0f s %s", phase, recorder.seconds, result)
 

@@ -361,7 +361,7 @@ def train(
     from .tasks.retrieval import LEVELS, LOSSES
     from .training import Settings
     from .training import train as run
-    from .training.jobs import TASKS, make_job, make_jobs
+    from .training.jobs import TASKS, make_job, make_jobs, open_held_out
 
     def of_each(name: str, given: list[Any]) -> list[Any]:
         if len(given) not in (1, len(task)):
@@ -440,6 +440,7 @@ def train(
         )
         for name, shown, kept, kind_of in zip(task, loaded, apart, levels, strict=True)
     ])  # fmt: skip
+    open_held_out(jobs)
     figures = run(
         extractor,
         [job.task for job in jobs],
@@ -452,6 +453,11 @@ def train(
     )
     if not PartialState().is_main_process:
         return
+    for number, job in enumerate(jobs, 1):
+        if {*job.held_out.classes}.isdisjoint(record.label for record in job.task.records):  # whole classes
+            file = out / f"held-out{number if len(jobs) > 1 else ''}.txt"
+            names = "".join(f"{name}\n" for name in job.held_out.classes)
+            file.write_text(f"# {job.task.name}: {job.held_out.split}\n{names}", encoding="utf-8")
     if as_json:
         print(json.dumps({"checkpoint": str(out), "metrics": figures}, indent=2))
     else:

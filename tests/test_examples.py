@@ -129,9 +129,19 @@ def test_the_recipe_takes_its_part_of_the_published_sets(tmp_path: Path, monkeyp
     with tarfile.open(sets / "tiny_imagenet.tar", "w") as tar:
         tar.add(tmp_path / "packed", ".")
 
+    def prepare() -> None:
+        runpy.run_path(str(EXAMPLES / "train_mini.py"), run_name="__main__")
+
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which the recipe sets
     monkeypatch.setattr(sys, "argv", ["train_mini", "prepare", "--data", str(sets), "--out", str(tmp_path / "out")])
-    runpy.run_path(str(EXAMPLES / "train_mini.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match=r"neither a folder shoes nor shoes\.tar"):
+        prepare()
+    (sets / "shoes").mkdir()  # no image of them becomes an array
+    (sets / "tuberlin/png").rename(sets / "tuberlin/deep")
+    with pytest.raises(SystemExit, match="tuberlin is not tuberlin"):
+        prepare()
+    (sets / "tuberlin/deep").rename(sets / "tuberlin/png")
+    prepare()
     work = tmp_path / "out/work"
     arrays = {path.stem: np.load(path) for path in work.glob("*.npy")}
     assert arrays["photos"].shape == (25 + 1 + 3, 256, 256, 3)

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from sketchfusion import ConfigError, ImageError, LoadError, SketchFusion, SketchFusionError, cli, progress
-from sketchfusion.data import DataSet, Record
+from sketchfusion.data import DataSet, Record, load
 from sketchfusion.evaluation import protocols
 from sketchfusion.images import Preprocess
 from sketchfusion.strokes import Strokes
@@ -260,6 +261,28 @@ def test_what_was_validated_on_the_way_is_kept(untrained: SketchFusion, shapes: 
         assert loaded.config.training_data == "squares. Then: shapes"
         assert load_head(folder)[1] == tuple(sorted(SHAPES))
     assert len({tuple(weights.tolist()) for weights in seen}) == 4
+
+
+def test_a_run_that_was_killed_while_it_validated_validates_then(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(FEW, validate_every=2, checkpoint_every=2)
+    before = {name: tensor.clone() for name, tensor in untrained.state_dict().items()}
+
+    def killed(model: SketchFusion) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    def go(validate: Any) -> None:
+        untrained.load_state_dict(before)
+        train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, settings, validate=validate)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(killed)
+    go(lambda model: {"metric": 0.5})
+    assert [row["step"] for row in rows(tmp_path / "validation.csv")] == [2, 4]
+    assert SketchFusion.from_pretrained(tmp_path / "step-2", device="cpu").config.metrics == {"metric": 0.5}
+    go(lambda model: {"metric": 0.25})  # a run that is done: the end alone is looked at again
+    assert [row["metric"] for row in rows(tmp_path / "validation.csv")] == [0.5, 0.25]
 
 
 def test_folders_that_cannot_be(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
@@ -1172,6 +1195,24 @@ class TestCommandLine:
         done = command(*self.command(sketchy, tmp_path / "out", *more)[3:])
         assert done.returncode == 0, done.stderr
         assert "2 a class" in json.loads((tmp_path / "out" / "config.json").read_text())["training_data"]
+
+    def test_what_is_held_out_is_named_and_opened_first(
+        self, model: SketchFusion, sketchy: Path, command: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        model.save_pretrained(tmp_path / "start")
+        root = shutil.copytree(sketchy, tmp_path / "root")
+        more = ["--model", str(tmp_path / "start"), "--steps", "1"]
+        done = command(*self.command(root, tmp_path / "out", *more)[3:])
+        assert done.returncode == 0, done.stderr
+        held_out = load("sketchy", root, classes=tmp_path / "out" / "held-out.txt")
+        trained = {*load("sketchy", root).classes} - {*held_out.classes}
+        assert len(held_out.classes) == 2
+        assert trained
+        Path(held_out.sketches[-1].path).write_text("no image")
+        done = command(*self.command(root, tmp_path / "other", *more)[3:])
+        assert done.returncode == 2
+        assert held_out.sketches[-1].path in done.stderr
+        assert not (tmp_path / "other").exists()
 
     def test_every_task_has_its_own_classes(self, sketchy: Path, tmp_path: Path) -> None:
         """All classes for the first; of the second's one class none can be held out."""

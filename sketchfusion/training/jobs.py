@@ -6,21 +6,24 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 
 from ..data import DataSet, Record, spaced, split
-from ..data.layout import letters
+from ..data.layout import letters, listed
 from ..errors import ConfigError, SketchFusionError
 from ..evaluation import protocols
 from ..evaluation.rows import Extractor
 from ..model import SketchFusion
+from ..progress import Progress
 from ..tasks import Task
 from ..tasks.correspondence import Correspondence
 from ..tasks.recognition import Recognition, accuracy
 from ..tasks.retrieval import Retrieval
 from ..tasks.segmentation import Segmentation
+from .cache import WORKERS
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +65,14 @@ class Job:
     """A task, what it is trained on in words, and how well the model does it on what was held out.
 
     Attributes:
-        apart: what `validate` looks at; and classes of which nothing may have been seen, for category retrieval.
+        held_out: what `validate` looks at.
+        apart: the same, however it is found; and classes of which nothing may have been seen, for category retrieval.
     """
 
     task: Task
     shown: str
     validate: Callable[[SketchFusion], dict[str, float]]
+    held_out: DataSet
     apart: Apart
 
 
@@ -135,7 +140,7 @@ def make_job(
         by_class = name == "retrieval" and (level == "category" or len(data.classes) > 2)
         kept, apart = _split_classes(data, held_out, level) if by_class else _split_records(data, held_out)
     kept = elsewhere.taken_from(kept)
-    away = Apart.of(apart.records)
+    away, watched = Apart.of(apart.records), apart
     half = max(1, images // 2)
     few = min(images, model.default_batch_size)  # to validate: no more than in a step, for which there is memory
     if name == "retrieval":
@@ -144,7 +149,7 @@ def make_job(
         usual = 4 if level == "fine" else 1 if half < 4 else 2
         per_class = min(half, max(usual, half // max(1, len(kept.classes))))
         if level == "fine":
-            apart = _usable(name, _drawn_from_photos(apart), None)
+            apart = watched = _usable(name, _drawn_from_photos(apart), None)
             different = {record.photo for record in apart.photos}
         else:
             away = Apart.of(apart.records, apart.classes)
@@ -169,6 +174,7 @@ def make_job(
 
         shown: tuple[str, ...] = ("acc_1", "acc_5") if level == "fine" else ("map_all", "p_100")
     elif name == "recognition":
+        kept = _with_sketches(kept)
         task = Recognition(kept, model.config.aggregator_width, hidden=hidden, batch_size=images)
         known = [record for record in apart.sketches if record.label in task.classes]
         if not known:
@@ -199,6 +205,7 @@ def make_job(
         trained = {record for record in drawn.records if record.label in still}
         asked = [r for r in queries.sketches if r.label in apart.classes and r not in trained]
         away = Apart.of([*apart.records, *asked])
+        watched = dataclasses.replace(apart, records=(*apart.records, *asked))
         drawn = elsewhere.taken_from(away.taken_from(drawn))
         task = Segmentation(kept, drawn, pairs=half)
 
@@ -216,7 +223,7 @@ def make_job(
         seen += f" ({level} level, {loss})"
     elif name == "segmentation":
         seen += f", {drawn.name}: {drawn.split}"
-    return Job(task, seen, validate, away)
+    return Job(task, seen, validate, watched, away)
 
 
 def _usable(task: str, data: DataSet, sketches: DataSet | None) -> DataSet:
@@ -228,8 +235,39 @@ def _usable(task: str, data: DataSet, sketches: DataSet | None) -> DataSet:
     lost = [name for name in data.classes if name not in both]
     if not lost:
         return data
-    log.info("%s (%s): left out, without photos or without sketches: %s", data.name, data.split, ", ".join(lost))
+    log.info("%s (%s): left out, without photos or without sketches: %s", data.name, data.split, listed(lost))
     return data.of_classes([name for name in data.classes if name in both], f"without {len(lost)} classes")
+
+
+def _with_sketches(data: DataSet) -> DataSet:
+    """Without the classes of which no sketch is left to train on."""
+    drawn = {record.label for record in data.sketches}
+    lost = [name for name in data.classes if name not in drawn]
+    if not lost:
+        return data
+    log.info("%s (%s): left out, without sketches to train on: %s", data.name, data.split, listed(lost))
+    return data.of_classes([name for name in data.classes if name in drawn], f"without {len(lost)} classes")
+
+
+def open_held_out(jobs: Sequence[Job], progress: bool | None = None) -> None:
+    """Open every image that is validated on, and its mask, so that a damaged one is known before a long run.
+
+    Raises:
+        ImageError: naming the file.
+    """
+    records = list(dict.fromkeys(record for job in jobs for record in job.held_out.records))
+
+    def opened(record: Record) -> None:
+        record.open()
+        if record.mask is not None:
+            record.read_mask()
+
+    with ThreadPoolExecutor(WORKERS) as pool, Progress("check", "image", len(records), progress) as bar:
+        try:
+            for _ in pool.map(opened, records):
+                bar.advance()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _fused(model: SketchFusion, batch_size: int) -> Extractor:

@@ -263,8 +263,9 @@ def _train(
     progress = progress if main else False
     # Before the cache, which can take hours: a folder that cannot be written to is better known at once.
     journal = _Journal(out / "log.csv", first) if main else None
+    validated = 0  # the last step that was
     if main and first and validate is not None:
-        _Journal(out / "validation.csv", first)
+        validated = _Journal(out / "validation.csv", first).last
     elif main and not first:
         (out / "validation.csv").unlink(missing_ok=True)  # of another run that was here before
 
@@ -285,6 +286,20 @@ def _train(
         sum(p.numel() for _, p in parameters),
     )  # fmt: skip
     config = model.config
+
+    def validate_now(step: int) -> None:
+        """On the way, where it is due; the checkpoint at that step is kept."""
+        if step == settings.steps or not settings.validate_every or step % settings.validate_every:
+            return
+        figures = _validated(model, validate, out / "validation.csv", step, main)
+        if figures and not settings.finetune:  # whose backbones are gigabytes
+            try:
+                _write(model, jobs, out / f"step-{step}", figures, training_data, include_backbones=False)
+            finally:
+                model.config = config
+
+    if main and validated < first:  # the run was killed while it validated
+        validate_now(first)
     with (
         Progress("train", "step", settings.steps, progress, done=first) as bar,
         _Batches(model, jobs, settings, kept, rank, first * settings.accumulate) as batches,
@@ -322,13 +337,7 @@ def _train(
             done = step + 1 == settings.steps
             if main and (done or (step + 1) % settings.checkpoint_every == 0):
                 state.save(step + 1)
-            if not done and settings.validate_every and (step + 1) % settings.validate_every == 0:
-                figures = _validated(model, validate, out / "validation.csv", step + 1, main)
-                if figures and not settings.finetune:  # whose backbones are gigabytes
-                    try:
-                        _write(model, jobs, out / f"step-{step + 1}", figures, training_data, include_backbones=False)
-                    finally:
-                        model.config = config
+            validate_now(step + 1)
     figures = {}
     try:
         figures = _validated(model, validate, out / "validation.csv", settings.steps, main)
@@ -517,7 +526,11 @@ def _validated(model: SketchFusion, validate: Validate | None, path: Path, step:
 
 
 class _Journal:
-    """A CSV file with a line a step; lines after the step that a run goes on from are dropped."""
+    """A CSV file with a line a step, of which `last` is the last; those after the one that a run goes on from are
+    dropped.
+    """
+
+    last: int
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -529,6 +542,7 @@ class _Journal:
             kept = lines[:1] + [line for line in whole if int(line.partition(",")[0]) <= step]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             self.names = next(csv.reader(kept[:1]), [])
+            self.last = int(kept[-1].partition(",")[0]) if len(kept) > 1 else 0
 
     def write(self, values: dict[str, float]) -> None:
         with self._explained():
