@@ -34,6 +34,8 @@ def report(when: str, features: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 known = tuple(record for record in held_out if record.label in task.classes)
+if not known:
+    raise SystemExit("nothing to test on: take more sketches (those of one photo stay on one side)")
 tested = encoded(known)
 report("before", *tested)
 features, labels = encoded(kept)

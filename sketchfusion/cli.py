@@ -62,6 +62,11 @@ def together(one: str, its: Any, other: str, others: Any) -> None:
         raise ConfigError(f"--{one}", f"and --{other} go together", legal="both, or neither")
 
 
+def check_sketches(wanted: bool, sketches: str | None) -> None:
+    if wanted and sketches is None:
+        raise ConfigError("--sketches", "is missing: a sketch says what to find", legal="a set, and --sketches-root")
+
+
 @contextmanager
 def starting() -> Iterator[None]:
     """Around imports and loading: what they make stays, so no time is spent on looking for garbage in it."""
@@ -126,11 +131,11 @@ def encode(
 
         files = [file for image in images for file in (find_images(image) if os.path.isdir(image) else [image])]
         extractor = SketchFusion.from_pretrained(model, device=device, dtype=dtype)
-    bad: set[int | None] = set()
+    bad: list[ImageError] = []
 
     def leave_out(error: ImageError) -> None:
         complain(error)
-        bad.add(error.index)
+        bad.append(error)
 
     rows: list[dict[str, Any]] = []
     options: dict[str, Any] = {
@@ -142,7 +147,6 @@ def encode(
         "on_error": leave_out,
     }
     kept = None if out is None else extractor.encode(files, **options)  # a file needs all at once
-    good = (file for i, file in enumerate(files) if i not in bad)
     for features in extractor.stream(files, **options) if kept is None else [kept]:
         rows += [
             {
@@ -151,10 +155,10 @@ def encode(
                 "dense": None if one.dense is None else list(one.dense.shape),
                 "norm": float(one.pooled.norm()),
             }
-            for one, path in zip(features, good, strict=False)  # in this order no path is lost
+            for one, path in zip(features, features.paths or (), strict=True)
         ]
     if kept is not None and out is not None and rows:
-        kept.save(out, paths=[row["path"] for row in rows])
+        kept.save(out)
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -394,6 +398,7 @@ def train(
             if one not in legal:
                 raise ConfigError(name, f"is {one!r}", legal=", ".join(legal))
     together("sketches", sketches, "sketches-root", sketches_root)
+    check_sketches("segmentation" in task, sketches)
     together("diffusion", diffusion, "semantic", semantic)
     if diffusion is not None and model is not None:
         raise ConfigError("--model", "and --diffusion each name what to begin with", legal="one of them")
@@ -519,6 +524,7 @@ def evaluate(
     """
     together("photos", photos, "photos-root", photos_root)
     together("sketches", sketches, "sketches-root", sketches_root)
+    check_sketches(task == "segmentation", sketches)
 
     from . import evaluation
     from .evaluation import report as reporting

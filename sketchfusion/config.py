@@ -94,6 +94,10 @@ class Config:
             )
         if self.pooling not in POOLINGS:
             raise ConfigError("pooling", f"is {self.pooling!r}", legal=", ".join(POOLINGS))
+        for name, value in self.metrics.items():
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise ConfigError(f"metrics.{name}", f"is {value!r}", legal="a number")
+        object.__setattr__(self, "metrics", {name: float(value) for name, value in self.metrics.items()})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

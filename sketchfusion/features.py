@@ -28,13 +28,13 @@ class Features:
     """The features of one image, or of a batch of N.
 
     A batch has a length and is indexed: an int gives a single image's Features, a slice a smaller batch; both are
-    views.
+    views. A list, array or tensor of rows, or of a bool for each, gives a batch of copies.
 
     Attributes:
         pooled: (D,), or (N, D) for a batch; a tensor or an array; None where it was not asked for.
         dense: (D, h, w), or (N, D, h, w); the map of the square canvas, its white padding included; or None.
         geometry: where the images lie on the canvas: ints, or (N,) tensors for a batch, whatever the others are.
-        paths: where the images came from, N of them (1 for a single image), if a saved file said so.
+        paths: where the images came from, N of them (1 for a single image), where all were paths or URLs.
         model: the `SketchFusion.fingerprint` of the model that encoded them; None where that is not known.
     """
 
@@ -49,17 +49,21 @@ class Features:
             raise TypeError("the features of a single image have no length; encode a list for a batch")
         return len(self.geometry.width)
 
-    def __getitem__(self, index: int | slice) -> Features:
+    def __getitem__(self, index: int | slice | Sequence | Tensor | np.ndarray) -> Features:
         count = len(self)
         paths = self.paths
-        if isinstance(index, slice):
-            rows: Any = index
+        if isinstance(index, Sequence | Tensor | np.ndarray) and np.ndim(index) == 1:
+            rows: Any = self._rows(index)
+            geometry = Geometry(*(torch.as_tensor(field)[rows] for field in self.geometry))
+            paths = paths and [paths[row] for row in rows]
+        elif isinstance(index, slice):
+            rows = index
             if (index.step or 1) < 0:  # tensors have no negative steps
                 rows = list(range(*index.indices(count)))
             geometry = Geometry(*(torch.as_tensor(field)[rows] for field in self.geometry))
             paths = paths and paths[index]
         else:
-            rows = operator.index(index)
+            rows = operator.index(index)  # type: ignore[arg-type]
             if not -count <= rows < count:
                 raise IndexError(f"image {rows} of a batch of {count}")
             geometry = self.geometry.image(rows)
@@ -67,6 +71,15 @@ class Features:
         pooled = None if self.pooled is None else self.pooled[rows]
         dense = None if self.dense is None else self.dense[rows]
         return Features(pooled, dense, geometry, paths, self.model)
+
+    def _rows(self, index: Sequence | Tensor | np.ndarray) -> list[int]:
+        count, chosen = len(self), np.asarray(index.cpu() if isinstance(index, Tensor) else index)
+        if chosen.dtype == bool and len(chosen) == count:
+            return chosen.nonzero()[0].tolist()
+        rows = [operator.index(row) for row in chosen.tolist()] if chosen.dtype != bool else None
+        if rows is None or not all(-count <= row < count for row in rows):
+            raise IndexError(f"{len(chosen)} of {chosen.dtype}: rows of a batch of {count}, or a bool for each")
+        return rows
 
     @classmethod
     def cat(cls, parts: Iterable[Features]) -> Features:
@@ -266,6 +279,13 @@ class Features:
             return _restored(tensors, metadata)
         except (KeyError, ValueError) as error:
             raise LoadError(f"{path}: not a file that Features.save wrote: {error}") from None
+
+
+def check_one_model(first: Any, second: Any, names: str) -> None:
+    """Raise a SketchFusionError where two models are known to have made them: their features cannot be compared."""
+    models = [part.model if isinstance(part, Features) else None for part in (first, second)]
+    if None not in models and models[0] != models[1]:
+        raise SketchFusionError(f"the {names} are of the models {models[0]} and {models[1]}: encode both with one")
 
 
 def _restored(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Features:

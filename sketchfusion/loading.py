@@ -72,6 +72,8 @@ def find_checkpoint(source: PathLike, revision: str | None, access: Access) -> L
         raise LoadError(f"revision={revision!r} is for Hub repositories, and {name!r} is on this disk")
     if name in bundled:
         return Location(str(BUNDLED / name))
+    if Path(name).is_file():
+        raise LoadError(f"{name!r} is a file: a checkpoint is the folder that it lies in")
     if not name or revision == "" or (not Path(name).is_dir() and name.count("/") != 1):
         raise LoadError(
             f"{name!r} is no bundled model ({', '.join(bundled)}), no existing folder, and no Hub repository "
@@ -94,7 +96,10 @@ def find_origin(source: Any, revision: str | None, access: Access, marker: str) 
         cache_dir=None if access.cache_dir is None else os.fspath(access.cache_dir),
         local_files_only=access.local_files_only,
     )
-    return location.pinned(marker)
+    try:
+        return location.pinned(marker)
+    except LoadError as error:
+        raise LoadError(f"{error}; nor is there a folder {text!r} here") from error
 
 
 def recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> BackboneConfig:

@@ -300,6 +300,9 @@ class SketchFusion(nn.Module):
         if problem:
             hint = "sites, taps, aggregator_width and the backbones' widths"
             raise LoadError(f"{path} does not fit its config.json and these backbones (see {hint}): {problem}")
+        for name in expected:
+            if not weights[name].isfinite().all():
+                raise LoadError(f"{path}: {name} is not finite: it is damaged, or the training that made it went wrong")
         self.load_state_dict(weights, strict=False)
 
     def _trained_state(self) -> dict[str, Tensor]:
@@ -450,8 +453,14 @@ class SketchFusion(nn.Module):
     ) -> Iterator[Features]:
         """Features batch by batch: in host memory, or on the device for a single image."""
         limit, model = options.batch_size, self.fingerprint
-        pending: list[tuple[Tensor, Geometry]] = []
+        pending: list[tuple[Tensor, Geometry, str | None]] = []
+        sources: deque[str | None] = deque()  # of the images that are read ahead
         running: deque[Callable[[], Features]] = deque()
+
+        def noted() -> Iterator[ImageInput]:
+            for image in images:
+                sources.append(os.fsdecode(image) if isinstance(image, str | os.PathLike) else None)
+                yield image
 
         def launch() -> None:
             nonlocal limit
@@ -483,9 +492,10 @@ class SketchFusion(nn.Module):
                 yield features
 
         with Progress("encode", "image", total, progress) as bar:
-            for index, prepared in enumerate(read_ahead(images, options.preprocess, limit, listed=listed)):
+            for index, prepared in enumerate(read_ahead(noted(), options.preprocess, limit, listed=listed)):
+                source = sources.popleft()
                 try:
-                    pending.append(prepared.result())
+                    pending.append((*prepared.result(), source))
                 except ImageError as error:
                     position = None if single else index
                     placed = ImageError(error.problem, source=error.source, index=position)
@@ -510,14 +520,15 @@ class SketchFusion(nn.Module):
 
     @torch.inference_mode(False)  # a caller's inference mode would make tensors that nothing can be trained on
     def _launch(
-        self, items: list[tuple[Tensor, Geometry]], options: _Options, rows: int, single: bool
+        self, items: list[tuple[Tensor, Geometry, str | None]], options: _Options, rows: int, single: bool
     ) -> Callable[[], Features]:
         """Start computing the features of a batch; what is returned waits for them. A CPU has computed them by then."""
         cuda = self.device.type == "cuda"
         shape = (len(items), *items[0][0].shape)
         pixels = torch.empty(shape, dtype=torch.float32, pin_memory=cuda, device="cpu")
-        torch.stack([image for image, _ in items], out=pixels)
-        geometry = collate([geometry for _, geometry in items])
+        torch.stack([image for image, _, _ in items], out=pixels)
+        geometry = collate([geometry for _, geometry, _ in items])
+        paths = [path for _, _, path in items if path is not None]
         *maps, finite = self._infer(pixels, geometry, ensemble=options.ensemble, rows=rows)
         parts = [part if asked else None for part, asked in zip(maps, (options.pooled, options.dense), strict=True)]
         if options.normalize:
@@ -538,7 +549,7 @@ class SketchFusion(nn.Module):
             pooled, dense = parts
             if cuda and not single:  # they lie in pinned memory, of which there is little
                 pooled, dense = (None if part is None else part.clone() for part in parts)
-            return Features(pooled=pooled, dense=dense, geometry=geometry)
+            return Features(pooled, dense, geometry, paths if len(paths) == len(items) else None)
 
         return finish
 
@@ -571,6 +582,7 @@ class SketchFusion(nn.Module):
         parts = list(batches)
         model = parts[0].model if parts else self.fingerprint
         count = sum(len(part) for part in parts)
+        paths = [path for part in parts for path in part.paths or ()]
         width, grid = self.config.aggregator_width, self.config.aggregator_grid
         kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         pooled = torch.empty(count, width, **kind) if options.pooled else None
@@ -585,7 +597,7 @@ class SketchFusion(nn.Module):
             if dense is not None:
                 dense[rows] = part.dense
             row += len(part)
-        return Features(pooled=pooled, dense=dense, geometry=geometry, model=model)
+        return Features(pooled, dense, geometry, paths if len(paths) == count > 0 else None, model)
 
     def _warn_if_untrained(self) -> None:
         """Once: zero adapters inject nothing, and an aggregator at its initialisation mixes at random."""
@@ -619,12 +631,8 @@ class SketchFusion(nn.Module):
             `Features` on the model's device, float32: pooled (N, D), dense (N, D, g, g).
 
         Raises:
-            ConfigError: the pixels have another shape, the geometry is not theirs, or `ensemble` is illegal.
+            ConfigError: the pixels have another shape or dtype, the geometry is not theirs, or `ensemble` is illegal.
         """
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % 8:
-            raise ConfigError(
-                "pixels", f"have shape {tuple(pixels.shape)}", legal="(N, 3, S, S) with S a multiple of 8"
-            )
         latents, tokens = self.embed(pixels)
         return self.fuse(latents, tokens, geometry, ensemble=ensemble)
 
@@ -637,7 +645,17 @@ class SketchFusion(nn.Module):
 
         Returns:
             Latents (N, 4, S/8, S/8) and token grid (N, width, t, t), in the compute dtype.
+
+        Raises:
+            ConfigError: the pixels have another shape or dtype.
         """
+        if not isinstance(pixels, Tensor) or pixels.dtype not in (torch.float32, torch.float64):
+            kind = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise ConfigError("pixels", f"are {kind}", legal="a tensor of float32 in [0, 1], as preprocess makes it")
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % 8:
+            raise ConfigError(
+                "pixels", f"have shape {tuple(pixels.shape)}", legal="(N, 3, S, S) with S a multiple of 8"
+            )
         pixels = pixels.to(self.device)
         return self.diffusion.encode(pixels), self.semantic(pixels)
 

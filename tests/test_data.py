@@ -413,6 +413,17 @@ def test_images_are_found_in_order_and_evenly(tmp_path: Path) -> None:
     assert find_images(expected[0], 4) == expected[:1]
 
 
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path, "elsewhere/cat/1.png", "elsewhere/dog/2.png")
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "cat").symlink_to(tmp_path / "elsewhere/cat")
+    (links / "dog").symlink_to(tmp_path / "elsewhere/dog")
+    (tmp_path / "elsewhere/dog/back").symlink_to(links)
+    (links / "gone.png").symlink_to(tmp_path / "nowhere.png")  # who opens it is told
+    assert find_images(links) == [str(links / name) for name in ("cat/1.png", "dog/2.png", "gone.png")]
+
+
 def test_voc(tmp_path: Path) -> None:
     found = load("voc", write_voc(tmp_path))
     assert found.classes == ("cat", "person", "sheep")  # what is difficult is void in the masks

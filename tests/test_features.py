@@ -81,6 +81,24 @@ def test_slices_are_batches(index: slice) -> None:
         assert [one.geometry[:2] for one in found] == [SIZES[i] for i in expected]
 
 
+@pytest.mark.parametrize("rows", [[2, 0], (2, -3), np.array([2, 0]), torch.tensor([2, 0]), [True, False, True], []])
+def test_chosen_rows_are_a_batch(rows: Any) -> None:
+    features = batch()
+    features.paths = ["a", "b", "c"]
+    expected = [0, 2] if True in rows else [2, 0][: len(rows)]
+    for found in (features[rows], features.numpy()[rows]):
+        assert found.paths == ["abc"[i] for i in expected]
+        assert torch.equal(torch.as_tensor(found.pooled), features.pooled[expected])
+        assert torch.equal(torch.as_tensor(found.dense), features.dense[expected])
+        assert [one.geometry[:2] for one in found] == [SIZES[i] for i in expected]
+
+
+@pytest.mark.parametrize("rows", [[3], [-4], [True, False], [[0, 1]], ["a"], [0.5]])
+def test_rows_that_are_not_there(rows: Any) -> None:
+    with pytest.raises((IndexError, TypeError)):
+        batch()[rows]
+
+
 def test_what_was_not_asked_for_is_none() -> None:
     features = batch()
     features.dense = None

@@ -616,6 +616,17 @@ def test_an_unknown_tensor_of_the_checkpoint_is_refused(model: SketchFusion, tmp
     refused(lambda: load(tmp_path), "adapters.extra")
 
 
+def test_a_weight_that_is_not_finite_is_refused(model: SketchFusion, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path / "model.safetensors", lambda w: w | {"aggregator.mixing_weights": torch.full((3,), torch.nan)})
+    refused(lambda: load(tmp_path), "aggregator.mixing_weights", "not finite")
+
+
+def test_a_file_of_a_checkpoint_is_not_the_checkpoint(model: SketchFusion, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    refused(lambda: load(tmp_path / "model.safetensors"), "model.safetensors", "folder")
+
+
 @pytest.mark.parametrize("source", ["nonsense", "/no/such/folder", "a/b/c", "bad name/with space", "./there/is/none"])
 def test_a_source_that_is_nothing(hub: HubServer, source: str) -> None:
     refused(lambda: load(source), source)

@@ -1,6 +1,7 @@
 """What `encode` and `forward` promise, on the real classes at small widths."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -445,6 +446,24 @@ def test_forward_refuses_other_shapes(model: SketchFusion) -> None:
     for other in (collated(model, PICTURES[:1])[1], model.preprocess(PICTURES[0])[1], None):
         with pytest.raises(ConfigError, match="2 images"):
             model(pixels, other)
+    for wrong in ((255 * pixels).byte(), pixels.half(), pixels.numpy()):
+        with pytest.raises(ConfigError, match="float32 in"):
+            model(wrong, geometry)
+
+
+def test_features_say_where_they_are_from(model: SketchFusion, tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{i}.png") for i in range(5)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (20 + i, 20), "red").save(name)
+    Path(names[3]).write_text("no image")
+    left = [*names[:3], names[4]]
+    options: dict[str, Any] = {"batch_size": 2, "on_error": lambda error: None, "dense": False}
+    assert model.encode(Path(names[0])).paths == names[:1]
+    assert model.encode(names, **options).paths == left
+    assert model.encode(iter(names), **options).paths == left
+    assert [part.paths for part in model.stream(names, **options)] == [left[:2], left[2:]]
+    assert model.encode([names[0], Image.open(names[1])]).paths is None  # not all are known
+    assert model.encode([]).paths is None
 
 
 def test_a_callers_inference_mode_gives_ordinary_tensors(model: SketchFusion) -> None:
@@ -459,6 +478,15 @@ def test_only_what_describes_the_training_can_be_replaced_in_the_configuration(m
     with pytest.raises(ConfigError, match="built into the model"):
         model.config = dataclasses.replace(model.config, timestep=3)
     assert (model.config.task, model.config.timestep) == ("retrieval", 195)
+
+
+def test_metrics_are_numbers_of_whatever_kind(model: SketchFusion, tmp_path: Path) -> None:
+    model.config = dataclasses.replace(model.config, metrics={"acc": np.float32(0.5)})  # type: ignore[dict-item]
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["metrics"] == {"acc": 0.5}
+    for wrong in ("0.5", torch.tensor(0.5), True, None):
+        with pytest.raises(ConfigError, match=r"metrics\.acc"):
+            dataclasses.replace(model.config, metrics={"acc": wrong})  # type: ignore[dict-item]
 
 
 # ---- state

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ class TestRetrievalMetrics:
         assert search(one, torch.eye(2), 1)[1].tolist() == [[1]]
         assert search(np.float32([0, 2]), gallery.pooled, 2)[1].tolist() == [[1, 2]]
         assert search(Features(one.pooled, None, place), gallery, 2)[1].tolist() == [[1, 2]]  # of no known model
-        with pytest.raises(SketchFusionError, match="model two and the gallery is of one"):
+        with pytest.raises(SketchFusionError, match="of the models two and one"):
             search(Features(one.pooled, None, place, model="two"), gallery, 1)
         with pytest.raises(SketchFusionError, match="gallery have no pooled vectors"):
             search(one, Features(None, torch.zeros(3, 2, 1, 1), places), 1)
@@ -515,6 +516,30 @@ def test_geometry_is_what_points_go_through() -> None:
     geometry = letterbox(100, 50, 64)
     assert isinstance(geometry, Geometry)
     assert geometry.to_original(torch.tensor([[0.5, 0.5]])).tolist() == [[50, 25]]
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    geometry = letterbox(40, 30, 64)
+    one = Features(torch.rand(4), torch.rand(4, 8, 8), geometry, model="one")
+    two, several = replace(one, model="two"), Features.cat([one, one])
+    assert torch.equal(similarity(one, one), similarity(one.pooled, one))
+    for run in (lambda: match(one, two, [[1, 1]]), lambda: similarity(one, two), lambda: search(one, two, 1)):
+        with pytest.raises(SketchFusionError, match="models one and two"):
+            run()
+    for run in (
+        lambda: match(one, several, [[1, 1]]), lambda: similarity(several, one), lambda: similarity(one, several),
+    ):  # fmt: skip
+        with pytest.raises(SketchFusionError, match="index the batch"):
+            run()
+    with pytest.raises(SketchFusionError, match="masks"):
+        mask_iou(torch.ones(2, 3) > 0, torch.ones(1, 3) > 0)
+    with pytest.raises(SketchFusionError, match="masks"):
+        pixel_accuracy(torch.ones(2, 3) > 0, torch.ones(1, 3) > 0)
+    with pytest.raises(SketchFusionError, match="points"):
+        pck(torch.zeros(3, 2), torch.zeros(1, 2), 10, 0.1)
+    for k in (0, -1, 1.5, True):
+        with pytest.raises(ConfigError, match="k: is"):
+            search(one, one, k)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("missing", ["numpy", "no dense map"])

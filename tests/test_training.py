@@ -263,6 +263,26 @@ def test_what_was_validated_on_the_way_is_kept(untrained: SketchFusion, shapes: 
     assert len({tuple(weights.tolist()) for weights in seen}) == 4
 
 
+def test_a_class_without_sketches_to_train_on_is_said(
+    untrained: SketchFusion, shapes: DataSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    lone = shapes.classes[0]
+    apart = tuple(record for record in shapes.sketches if record.label == lone)
+    held_out = dataclasses.replace(shapes, records=(*apart, shapes.sketches[-1]))
+    with caplog.at_level("INFO", "sketchfusion"):
+        job = make_job("recognition", shapes, untrained, held_out=held_out)
+    assert lone not in job.task.classes  # type: ignore[attr-defined]
+    assert "without 1 classes" in job.shown
+    assert f"without sketches to train on: {lone}" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["retrieval", "recognition"])
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5])
+def test_a_share_is_between_nothing_and_all(task: str, share: float, untrained: SketchFusion, shapes: DataSet) -> None:
+    with pytest.raises(ConfigError, match=r"held_out: is .* between 0 and 1"):
+        make_job(task, shapes, untrained, held_out=share)
+
+
 def test_a_run_that_was_killed_while_it_validated_validates_then(
     untrained: SketchFusion, shapes: DataSet, tmp_path: Path
 ) -> None:
@@ -1241,6 +1261,7 @@ class TestCommandLine:
             (["--seed", "-1"], "seed: is -1"),
             (["--root", "/nowhere/at/all"], "--root"),
             (["--semantic", "somewhere/else"], "--diffusion"),
+            (["--task", "segmentation"], "--sketches: is missing"),
         ],
     )
     def test_mistakes(

@@ -58,7 +58,7 @@ def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]
     """Every image in a folder and the folders inside it, in the order of their paths; or the one file `place`.
 
     Files are chosen by their names (PNG, JPEG, WebP, GIF, BMP, TIFF, SVG); hidden ones, and those in hidden folders,
-    are left out.
+    are left out. Links to folders are followed, into each folder once.
 
     Args:
         place: the folder.
@@ -75,13 +75,17 @@ def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]
         return [str(place)]
     if not place.is_dir():
         raise SketchFusionError(f"{place}: there is no folder and no image of that name")
-    found = sorted(
-        path
-        for path in place.rglob("*")
-        if path.suffix.lower() in IMAGES
-        and not any(part.startswith(".") for part in path.relative_to(place).parts)
-        and path.is_file()
-    )
+    found: list[Path] = []
+    entered = set()
+    for folder, inside, names in os.walk(place, followlinks=True):
+        inside[:] = [name for name in inside if name[0] != "."]
+        if (real := os.path.realpath(folder)) in entered:  # a link that leads back
+            inside.clear()
+            continue
+        entered.add(real)
+        # A link to nothing is among them: whoever opens it is told.
+        found += [Path(folder, name) for name in names if name[0] != "." and Path(name).suffix.lower() in IMAGES]
+    found.sort()
     if not found:
         raise SketchFusionError(f"{place}: no images in this folder; looked for {', '.join(IMAGES)}")
     return [str(path) for path in spaced(found, limit or len(found))]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data import DataSet, Record
 from ..errors import SketchFusionError
-from ..features import Features
+from ..features import Features, check_one_model
 from . import Sample
 from .retrieval import info_nce
 
@@ -105,8 +105,12 @@ def match(source: Features, target: Features, points: Any) -> Tensor:
         (P, 2) in original pixels of the target, inside it.
 
     Raises:
-        SketchFusionError: a point lies outside the source, or there is no dense map, or one of numpy.
+        SketchFusionError: a point lies outside the source; there is no dense map, or one of numpy, or of a batch; two
+            models made the features.
     """
+    check_one_model(source, target, "two images")
+    if not all(isinstance(image.geometry.width, int) for image in (source, target)):
+        raise SketchFusionError("points are matched between one image and one other: index the batch")
     if not (isinstance(source.dense, Tensor) and isinstance(target.dense, Tensor)):
         raise SketchFusionError("both images need a dense map of torch: encode with dense=True and to='torch'")
     descriptors = F.normalize(source.at(points).float(), dim=1)
@@ -128,5 +132,10 @@ def pck(predicted: Tensor, truth: Tensor, side: float, alpha: float) -> Tensor:
     Args:
         side: of the image, in the points' pixels: 256 in PSC6K, else the longer side of the target.
         alpha: 0.05 for PCK@5, 0.10 for PCK@10.
+
+    Raises:
+        SketchFusionError: there are not as many points of both.
     """
+    if predicted.shape != truth.shape:
+        raise SketchFusionError(f"points of shape {tuple(predicted.shape)} and truth of {tuple(truth.shape)}")
     return (predicted - truth).norm(dim=1) <= alpha * side

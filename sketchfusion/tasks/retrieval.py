@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data import DataSet, Record
 from ..errors import ConfigError, SketchFusionError
-from ..features import Features, as_tensor
+from ..features import Features, as_tensor, check_one_model
 from . import Sample
 
 LEVELS, LOSSES = ("category", "fine"), ("info_nce", "triplet")
@@ -171,7 +172,7 @@ def search(
     Args:
         queries: features, of which the pooled vectors count, or Q vectors (Q, D), or one (D,).
         gallery: the same of G images: (G, D). The queries are taken to its device.
-        k: at most G are returned.
+        k: 1 or more; at most G are returned.
 
     Returns:
         Cosines (Q, k), best first, and rows of the gallery (Q, k); equal cosines keep the gallery's order. A single
@@ -180,12 +181,11 @@ def search(
     Raises:
         SketchFusionError: features that two models made, or without pooled vectors; vectors of two widths, none at all,
             or such as are not finite.
+        ConfigError: `k` is not such a number.
     """
-    models = [part.model if isinstance(part, Features) else None for part in (queries, gallery)]
-    if None not in models and models[0] != models[1]:
-        raise SketchFusionError(
-            f"the queries are of model {models[0]} and the gallery is of {models[1]}: encode both with one"
-        )
+    check_one_model(queries, gallery, "queries and the gallery")
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
+        raise ConfigError("k", f"is {k!r}", legal="an integer from 1 up")
     candidates = _vectors(gallery, "gallery")
     parts = []
     for scores, rows in _ranked(_vectors(queries, "queries").to(candidates.device), candidates, block_bytes):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data import DataError, DataSet, Record
 from ..errors import SketchFusionError
-from ..features import Features
+from ..features import Features, check_one_model
 from ..images import Geometry
 from . import Sample
 
@@ -113,22 +113,29 @@ def on_canvas(mask: Tensor, geometry: Geometry, grid: int) -> Tensor:
 
 
 @torch.no_grad()
-def similarity(query: Tensor, photo: Features) -> Tensor:
+def similarity(query: Features | Tensor, photo: Features) -> Tensor:
     """Cosine of a pooled sketch with every pixel of a photo.
 
     Args:
-        query: (D,), the sketch's pooled feature.
+        query: the sketch's features, of which the pooled vector counts, or that vector (D,).
         photo: dense features of one image, as a tensor.
 
     Returns:
         (H, W) of the original image: the cells' cosines, interpolated bilinearly.
 
     Raises:
-        SketchFusionError: there is no dense map, or one of numpy.
+        SketchFusionError: the sketch has no pooled vector or the photo no dense map, of one image, as tensors; or two
+            models made them.
     """
-    if not (isinstance(photo.dense, Tensor) and isinstance(query, Tensor)):
-        raise SketchFusionError("sketch and photo have to be tensors: encode with dense=True and to='torch'")
-    cosines = F.cosine_similarity(photo.dense.float(), query.float()[:, None, None], dim=0)
+    check_one_model(query, photo, "sketch and the photo")
+    pooled = query.pooled if isinstance(query, Features) else query
+    if not (isinstance(photo.dense, Tensor) and photo.dense.ndim == 3):
+        raise SketchFusionError(
+            "the photo needs a dense map of torch, of one image: encode with dense=True, index the batch"
+        )
+    if not (isinstance(pooled, Tensor) and pooled.ndim == 1):
+        raise SketchFusionError("the sketch needs a pooled vector of torch, of one image: index the batch")
+    cosines = F.cosine_similarity(photo.dense.float(), pooled.float()[:, None, None], dim=0)
     width, height = int(photo.geometry.width), int(photo.geometry.height)
     rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), 2).view(-1, 2)
@@ -146,11 +153,26 @@ def predict(cosines: Tensor, threshold: float = THRESHOLD) -> Tensor:
 
 
 def mask_iou(predicted: Tensor, truth: Tensor) -> float:
-    """Intersection over union of two bool masks (H, W); 1 where both are empty. mIoU is its mean over images."""
+    """Intersection over union of two bool masks (H, W); 1 where both are empty. mIoU is its mean over images.
+
+    Raises:
+        SketchFusionError: they have two shapes.
+    """
+    _check_alike(predicted, truth)
     union = (predicted | truth).sum().item()
     return (predicted & truth).sum().item() / union if union else 1.0
 
 
 def pixel_accuracy(predicted: Tensor, truth: Tensor) -> float:
-    """pAcc: the share of pixels on which two bool masks (H, W) agree."""
+    """pAcc: the share of pixels on which two bool masks (H, W) agree.
+
+    Raises:
+        SketchFusionError: they have two shapes.
+    """
+    _check_alike(predicted, truth)
     return (predicted == truth).double().mean().item()
+
+
+def _check_alike(predicted: Tensor, truth: Tensor) -> None:
+    if predicted.shape != truth.shape:
+        raise SketchFusionError(f"masks of the shapes {tuple(predicted.shape)} and {tuple(truth.shape)}")

@@ -131,6 +131,8 @@ def make_job(
         raise ConfigError("images", f"is {images} for {name}", legal=f"an integer from {least} up")
     if hidden is not None and hidden < 1:
         raise ConfigError("hidden", f"is {hidden}", legal="an integer from 1 up")
+    if not isinstance(held_out, DataSet) and not 0 < held_out < 1:
+        raise ConfigError("held_out", f"is {held_out}", legal="a share between 0 and 1, or what is validated on")
     data = _usable(name, data, sketches)
     if isinstance(held_out, DataSet):
         apart = _usable(name, held_out, sketches)
@@ -178,7 +180,10 @@ def make_job(
         task = Recognition(kept, model.config.aggregator_width, hidden=hidden, batch_size=images)
         known = [record for record in apart.sketches if record.label in task.classes]
         if not known:
-            raise SketchFusionError(f"{apart.name} ({apart.split}) has no sketches of the classes that are trained on")
+            raise SketchFusionError(
+                f"{apart.name} ({apart.split}) has no sketches of the classes that are trained on: hold out more, or "
+                "others (those of one photo stay together)"
+            )
 
         def figures(model: SketchFusion) -> dict[str, Any]:
             return {"acc_1": _head_accuracy(task, model, known, few)}
@@ -288,10 +293,9 @@ def _head_accuracy(task: Recognition, model: SketchFusion, sketches: Sequence[Re
 def _split_classes(data: DataSet, share: float, level: str) -> tuple[DataSet, DataSet]:
     """Classes evenly spaced in the alphabet are held out: two at least, or at the fine level one."""
     least = 1 if level == "fine" else 2
-    count = max(least, round(share * len(data.classes))) if 0 < share < 1 else 0
-    apart = tuple(spaced(data.classes, count))
+    apart = tuple(spaced(data.classes, max(least, round(share * len(data.classes)))))
     kept = tuple(name for name in data.classes if name not in apart)
-    if not apart or len(kept) < 2:
+    if len(kept) < 2:
         raise SketchFusionError(
             f"{data.name} ({data.split}): of {len(data.classes)} classes {share:g} cannot be held out to validate on"
         )
@@ -324,8 +328,6 @@ def _split_sketches(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
 
 
 def _split_records(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
-    if not 0 < share < 1:
-        raise ConfigError("held_out", f"is {share}", legal="a share between 0 and 1")
     kept, apart = split(data.records, share)
     if not kept or not apart:
         raise SketchFusionError(
