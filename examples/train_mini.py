@@ -26,7 +26,7 @@ Phases run in order, and can be named one by one: `python examples/train_mini.py
     unet       a UNet2DConditionModel learns to predict the noise in that autoencoder's latents: DIR/samples.png
     fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones: DIR/retrieval
     tasks      they go on with retrieval, correspondence, segmentation and recognition at once: DIR/mini
-    alone      three of these tasks one by one instead, as long, to compare with
+    alone      three of these tasks one by one instead, as long: DIR/mini-correspondence and so on, beside DIR/mini
     evaluate   every row of the protocols on what no phase has been trained on, beside what `fusion` alone reaches
                and the same architecture with random weights
 
@@ -43,6 +43,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import tarfile
 import time
@@ -66,7 +67,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from sketchfusion import Features, SketchFusion
+from sketchfusion import Features, SketchFusion, card
+from sketchfusion.config import Config
 from sketchfusion.data import DataError, DataSet, Record, class_names, find_images, limited, load, spaced, split
 from sketchfusion.errors import SketchFusionError
 from sketchfusion.evaluation import protocols
@@ -206,6 +208,16 @@ CARDS = {  # what the checkpoints' cards say: task and data
         "TU-Berlin; two thirds of 203 shoes (a photo and three sketches each, four key points), and four fifths of 540 "
         "photos of cats, dogs and horses from PASCAL VOC with masks; and the 1,000 photos of ImageNet without labels",
     ),
+    "mini-correspondence": (
+        "correspondence",
+        f"{BACKBONES_DATA}. Then two thirds of 203 shoes (a photo and three sketches each, four key points)",
+    ),
+    "mini-segmentation": (
+        "segmentation",
+        f"{BACKBONES_DATA}. Then four fifths of 540 photos of cats, dogs and horses from PASCAL VOC with masks, and "
+        "12 sketches of each animal",
+    ),
+    "mini-recognition": ("recognition", f"{BACKBONES_DATA}. Then 40 sketches of each of these classes of TU-Berlin"),
 }
 METRICS = {  # of the card of `mini`, of the row `fused`
     "mAP@all, 21 held-out classes": ("zs-sbir", "map_all"),
@@ -1448,7 +1460,10 @@ def train_tasks(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
 
 
 def train_alone(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
-    """Each task alone, from where the phase `tasks` starts, with as many steps and images of its own as there."""
+    """Each task alone, from where the phase `tasks` starts, with as many steps and images of its own as there.
+
+    The checkpoints share the backbones of DIR/mini.
+    """
     protocols_of, results = measures(data, out / "work"), {}
     for name in ALONE:
         model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
@@ -1457,11 +1472,28 @@ def train_alone(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
             if tasks:
                 recorder.note(cycle=i, task=name, images=len(tasks[0].records))
                 train(model, tasks, out / "work" / "alone" / f"{name}{i}", cycle.settings, cache=out / "work" / "cache")
-        extractor = Extractor(model.eval(), ["fused"], progress=False)
+        save_beside(model, out, f"mini-{name}", {})
+        model = SketchFusion.from_pretrained(out / f"mini-{name}", device="cpu")
+        extractor = Extractor(model, ["fused"], progress=False)
         measured = {key: rounded(measure(extractor)) for key, measure in protocols_of.items() if key.startswith(name)}
         recorder.note(task=name, measured=json.dumps(measured))
         results |= measured
+        shown = {words: measured[key]["fused"][value] for words, (key, value) in METRICS.items() if key in measured}
+        save_beside(model, out, f"mini-{name}", shown)
     return results
+
+
+def save_beside(model: SketchFusion, out: Path, name: str, metrics: dict[str, float]) -> None:
+    """A checkpoint without backbones, which are those of the one called mini."""
+    save_checkpoint(model, out, name, metrics)
+    path = out / name / "config.json"
+    settings = json.loads(path.read_text())
+    for part in ("diffusion", "semantic"):
+        shutil.rmtree(out / name / part)
+        settings[part]["source"] = f"./../mini/{part}"
+    config = Config.from_dict(settings)
+    path.write_text(config.to_json())
+    (out / name / "README.md").write_text(card.render(config, name))
 
 
 def save_checkpoint(model: SketchFusion, out: Path, name: str, metrics: dict[str, float]) -> None:

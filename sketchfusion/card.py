@@ -60,7 +60,7 @@ def render(config: Config, name: str | None = None) -> str:
 
 def _describe(backbone: BackboneConfig) -> str:
     where = f"`{backbone.source}`"
-    if backbone.source.startswith("./"):
+    if backbone.source.startswith("./") and ".." not in backbone.source:
         where += " in this folder"
     if backbone.revision:
         where += f" at `{backbone.revision}`"

@@ -26,7 +26,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class BackboneConfig:
     """Where a frozen backbone comes from, and what it expects to see."""
 
-    source: str  # Hub repository, a folder, or "./name": a folder inside the checkpoint
+    source: str  # Hub repository, a folder, or "./name": a folder inside the checkpoint, or on the way from it
     revision: str | None  # commit of the Hub repository; null for a folder
     image_size: int  # side of the square canvas, pixels
     mean: tuple[float, float, float]  # pixels in [0, 1] become (pixels - mean) / std

@@ -177,7 +177,9 @@ def built(backbones: dict[str, Path]) -> SketchFusion:
 @pytest.fixture
 def untrained(built: SketchFusion) -> SketchFusion:
     """A small model fresh from its backbones, float32."""
-    return copy.deepcopy(built)
+    fresh = copy.deepcopy(built)
+    fresh._warned_untrained = False  # whatever other tests did with that one
+    return fresh
 
 
 @pytest.fixture

@@ -460,7 +460,7 @@ def test_nothing_but_bad_images(run: Run, tree: Path) -> None:
         (["sketches", "--out", "sketches/figures"], "lies in sketches"),
         (["sketches", "--out", "out", "--limit", "0"], "limit"),
         (["sketches", "--out", "out", "--model", "model", "--ensemble", "5"], "even"),
-        (["sketches", "--out", "out", "--model", "model", "--batch-size", "0"], "batch_size"),
+        (["sketches", "--out", "out", "--model", "model", "--batch-size", "0"], "--batch-size"),
         (["sketches", "--out", "out", "--model", "nothing"], "mini"),
     ],
 )

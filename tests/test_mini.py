@@ -30,6 +30,7 @@ PARTS = ["semantic", "diffusion", "fused"]
 A_CLASS = 25  # sketches and photos of each class: all there are
 
 UNSEEN = class_names("sketchy-mini-unseen")
+CAT = Path(__file__).parents[1] / "examples" / "images" / "cat.svg"
 
 pytestmark = pytest.mark.skipif(not (MINI / "config.json").is_file(), reason="the bundled model is not in this tree")
 
@@ -107,6 +108,43 @@ def extracted(data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 
 def by_row(results: list[protocols.Result], figure: str) -> dict[str, float]:
     return {result.row: result.figures[figure] for result in results}
+
+
+@pytest.mark.parametrize("name", ["mini-correspondence", "mini-segmentation"])
+def test_the_checkpoints_of_one_task_share_its_backbones(name: str, tmp_path: Path) -> None:
+    mini, other = (SketchFusion.from_pretrained(which, device="cpu", dtype="float32") for which in ("mini", name))
+    pixels, _ = mini.preprocess(CAT)
+    for ours, theirs in zip(mini.embed(pixels[None]), other.embed(pixels[None]), strict=True):
+        assert torch.equal(ours, theirs)
+    assert other.config.task == name.removeprefix("mini-")
+    assert mini.fingerprint != other.fingerprint
+    assert sum(file.stat().st_size for file in (BUNDLED / name).rglob("*")) < 1e6
+    other.save_pretrained(tmp_path)  # complete, wherever it goes
+    again = SketchFusion.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    assert torch.equal(again.encode(CAT).pooled, other.encode(CAT).pooled)
+
+
+def test_the_checkpoints_of_one_task_are_better_at_it(extracted: Callable[[str], Path]) -> None:
+    """On the shoes and the animals that their training kept apart."""
+    shoes = load("shoes", extracted("shoes"))
+    shoes = replace(shoes, records=split(shoes.records, 0.33)[1])
+    animals = load("voc", extracted("voc_animals"), classes=["cat", "dog", "horse"])
+    animals = replace(animals, records=split(animals.records, 0.2)[1])
+    queries = load("sketchy", extracted("sketchy"), classes=["cat", "dog", "horse"])
+
+    def figures(name: str) -> Extractor:
+        return Extractor(SketchFusion.from_pretrained(name, device="cpu"), ["fused"], progress=False)
+
+    points = [
+        by_row(protocols.correspondence(figures(name), shoes), "pck_10")["fused"]
+        for name in ("mini-correspondence", "mini")
+    ]
+    masks = [
+        by_row(protocols.segmentation(figures(name), limited(animals, 20), queries), "miou")["fused"]
+        for name in ("mini-segmentation", "mini")
+    ]
+    assert points[0] > points[1]
+    assert masks[0] > masks[1]
 
 
 def test_its_fused_map_finds_points_that_neither_part_finds(extracted: Callable[[str], Path]) -> None:
