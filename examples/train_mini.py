@@ -51,6 +51,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,7 @@ def root_of(name: str, data: Path, work: Path) -> Path:
     return unpacked
 
 
+@cache  # on the whole sets it reads gigabytes
 def taken(name: str, data: Path, work: Path, *, unseen: bool = False) -> DataSet:
     """Of a set with sketches the classes that are trained on, or those held out, and of each so many images."""
     root = root_of(name, data, work)
@@ -294,6 +296,7 @@ def taken(name: str, data: Path, work: Path, *, unseen: bool = False) -> DataSet
     return DataSet(name, tuple(names), records, words)
 
 
+@cache
 def catalogue(data: Path, work: Path) -> dict[str, list[Record]]:
     """All images, in the order in which they become arrays, and the teacher's targets with them."""
     for name in SETS:  # one that is not there is better known at once
@@ -343,12 +346,15 @@ def prepare(data: Path, work: Path) -> dict[str, object]:
         images = [np.asarray(open_image(r.path)) if small else read_image(r, random) for r in records]
         np.save(work / f"{name}.npy", np.stack(images))
     classes = sorted({canonical(str(record.label)) for record in found["sketches"]})
-    for name, order in (("photos", classes), ("sketches", classes), ("unseen_photos", None), ("unseen_sketches", None)):
-        names = [record.label for record in found[name]]
-        labels = [
-            UNSEEN.index(str(n)) if order is None else -1 if n is None else order.index(canonical(n)) for n in names
-        ]
-        np.save(work / f"{name}_labels.npy", np.array(labels))
+    labels = {
+        name: [-1 if record.label is None else classes.index(canonical(record.label)) for record in found[name]]
+        for name in ("photos", "sketches")
+    } | {
+        name: [UNSEEN.index(str(record.label)) for record in found[name]]
+        for name in ("unseen_photos", "unseen_sketches")
+    }
+    for name, column in labels.items():
+        np.save(work / f"{name}_labels.npy", np.array(column))
     (work / "classes.json").write_text(json.dumps(classes))
     return {name: len(records) for name, records in found.items()} | {"classes": len(classes)}
 
@@ -1465,13 +1471,13 @@ def train_alone(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
     The checkpoints share the backbones of DIR/mini.
     """
     protocols_of, results = measures(data, out / "work"), {}
+    plans = [{task.name: task for task in build_tasks(data, out / "work", cycle)} for cycle in TASKS_CYCLES]
     for name in ALONE:
         model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
-        for i, cycle in enumerate(TASKS_CYCLES, 1):
-            tasks = [task for task in build_tasks(data, out / "work", cycle) if task.name == name]
-            if tasks:
-                recorder.note(cycle=i, task=name, images=len(tasks[0].records))
-                train(model, tasks, out / "work" / "alone" / f"{name}{i}", cycle.settings, cache=out / "work" / "cache")
+        for i, (cycle, tasks) in enumerate(zip(TASKS_CYCLES, plans, strict=True), 1):
+            if task := tasks.get(name):
+                recorder.note(cycle=i, task=name, images=len(task.records))
+                train(model, task, out / "work" / "alone" / f"{name}{i}", cycle.settings, cache=out / "work" / "cache")
         save_beside(model, out, f"mini-{name}", {})
         model = SketchFusion.from_pretrained(out / f"mini-{name}", device="cpu")
         extractor = Extractor(model, ["fused"], progress=False)
@@ -1486,13 +1492,11 @@ def train_alone(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
 def save_beside(model: SketchFusion, out: Path, name: str, metrics: dict[str, float]) -> None:
     """A checkpoint without backbones, which are those of the one called mini."""
     save_checkpoint(model, out, name, metrics)
-    path = out / name / "config.json"
-    settings = json.loads(path.read_text())
+    config = Config.load(out / name / "config.json")
     for part in ("diffusion", "semantic"):
         shutil.rmtree(out / name / part)
-        settings[part]["source"] = f"./../mini/{part}"
-    config = Config.from_dict(settings)
-    path.write_text(config.to_json())
+        config = config.with_backbone(part, replace(getattr(config, part), source=f"./../mini/{part}"))
+    (out / name / "config.json").write_text(config.to_json())
     (out / name / "README.md").write_text(card.render(config, name))
 
 

@@ -51,33 +51,35 @@ class Features:
 
     def __getitem__(self, index: int | slice | Sequence | Tensor | np.ndarray) -> Features:
         count = len(self)
-        paths = self.paths
-        if isinstance(index, Sequence | Tensor | np.ndarray) and np.ndim(index) == 1:
-            rows: Any = self._rows(index)
-            geometry = Geometry(*(torch.as_tensor(field)[rows] for field in self.geometry))
-            paths = paths and [paths[row] for row in rows]
-        elif isinstance(index, slice):
-            rows = index
-            if (index.step or 1) < 0:  # tensors have no negative steps
-                rows = list(range(*index.indices(count)))
-            geometry = Geometry(*(torch.as_tensor(field)[rows] for field in self.geometry))
-            paths = paths and paths[index]
+        rows: Any
+        numbers: Sequence[int]
+        if isinstance(index, slice):
+            numbers = range(*index.indices(count))
+            rows = index if numbers.step > 0 else list(numbers)  # tensors have no negative steps
+        elif isinstance(index, Sequence | Tensor | np.ndarray) and np.ndim(index) == 1:
+            rows = numbers = self._rows(index)
         else:
             rows = operator.index(index)  # type: ignore[arg-type]
+            numbers = [rows]
             if not -count <= rows < count:
                 raise IndexError(f"image {rows} of a batch of {count}")
+        if isinstance(rows, int):
             geometry = self.geometry.image(rows)
-            paths = paths and [paths[rows]]
+        else:
+            geometry = Geometry(*(torch.as_tensor(field)[rows] for field in self.geometry))
+        paths = self.paths and [self.paths[number] for number in numbers]
         pooled = None if self.pooled is None else self.pooled[rows]
         dense = None if self.dense is None else self.dense[rows]
         return Features(pooled, dense, geometry, paths, self.model)
 
     def _rows(self, index: Sequence | Tensor | np.ndarray) -> list[int]:
         count, chosen = len(self), np.asarray(index.cpu() if isinstance(index, Tensor) else index)
-        if chosen.dtype == bool and len(chosen) == count:
-            return chosen.nonzero()[0].tolist()
-        rows = [operator.index(row) for row in chosen.tolist()] if chosen.dtype != bool else None
-        if rows is None or not all(-count <= row < count for row in rows):
+        if chosen.dtype == bool:
+            rows, fit = chosen.nonzero()[0].tolist(), len(chosen) == count
+        else:
+            rows = [operator.index(row) for row in chosen.tolist()]
+            fit = all(-count <= row < count for row in rows)
+        if not fit:
             raise IndexError(f"{len(chosen)} of {chosen.dtype}: rows of a batch of {count}, or a bool for each")
         return rows
 

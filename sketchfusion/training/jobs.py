@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -176,7 +176,7 @@ def make_job(
 
         shown: tuple[str, ...] = ("acc_1", "acc_5") if level == "fine" else ("map_all", "p_100")
     elif name == "recognition":
-        kept = _with_sketches(kept)
+        kept = _only(kept, {record.label for record in kept.sketches}, "without sketches to train on")
         task = Recognition(kept, model.config.aggregator_width, hidden=hidden, batch_size=images)
         known = [record for record in apart.sketches if record.label in task.classes]
         if not known:
@@ -209,8 +209,8 @@ def make_job(
         still = {record.label for record in kept.records}
         trained = {record for record in drawn.records if record.label in still}
         asked = [r for r in queries.sketches if r.label in apart.classes and r not in trained]
-        away = Apart.of([*apart.records, *asked])
         watched = dataclasses.replace(apart, records=(*apart.records, *asked))
+        away = Apart.of(watched.records)
         drawn = elsewhere.taken_from(away.taken_from(drawn))
         task = Segmentation(kept, drawn, pairs=half)
 
@@ -237,21 +237,16 @@ def _usable(task: str, data: DataSet, sketches: DataSet | None) -> DataSet:
     if drawn is None:
         return data
     both = {record.label for record in data.photos} & {record.label for record in drawn.sketches}
-    lost = [name for name in data.classes if name not in both]
-    if not lost:
-        return data
-    log.info("%s (%s): left out, without photos or without sketches: %s", data.name, data.split, listed(lost))
-    return data.of_classes([name for name in data.classes if name in both], f"without {len(lost)} classes")
+    return _only(data, both, "without photos or without sketches")
 
 
-def _with_sketches(data: DataSet) -> DataSet:
-    """Without the classes of which no sketch is left to train on."""
-    drawn = {record.label for record in data.sketches}
-    lost = [name for name in data.classes if name not in drawn]
+def _only(data: DataSet, usable: Collection[str | None], lacking: str) -> DataSet:
+    """These classes of a set; the others are said to be left out, and why."""
+    lost = [name for name in data.classes if name not in usable]
     if not lost:
         return data
-    log.info("%s (%s): left out, without sketches to train on: %s", data.name, data.split, listed(lost))
-    return data.of_classes([name for name in data.classes if name in drawn], f"without {len(lost)} classes")
+    log.info("%s (%s): left out, %s: %s", data.name, data.split, lacking, listed(lost))
+    return data.of_classes([name for name in data.classes if name in usable], f"without {len(lost)} classes")
 
 
 def open_held_out(jobs: Sequence[Job], progress: bool | None = None) -> None:
@@ -267,12 +262,9 @@ def open_held_out(jobs: Sequence[Job], progress: bool | None = None) -> None:
         if record.mask is not None:
             record.read_mask()
 
-    with ThreadPoolExecutor(WORKERS) as pool, Progress("check", "image", len(records), progress) as bar:
-        try:
-            for _ in pool.map(opened, records):
-                bar.advance()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(WORKERS) as pool:  # whose map gives up the rest where one raises
+        for _ in Progress("check", "image", len(records), progress).over(pool.map(opened, records)):
+            pass
 
 
 def _fused(model: SketchFusion, batch_size: int) -> Extractor:
