@@ -10,6 +10,7 @@ where downloads are kept; with `HF_HUB_OFFLINE=1` the Hub is never asked.
 from __future__ import annotations
 
 import gc
+import io
 import json
 import logging
 import os
@@ -42,6 +43,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be any bytes
     try:
         code = app(standalone_mode=False)
     except SketchFusionError as error:
@@ -305,7 +308,7 @@ def train(
     ] = None,
     held_out: Annotated[
         list[str], typer.Option(help="To validate on: a share of each set, or classes: unseen, or a file.")
-    ] = ["0.1"],  # noqa: B006
+    ] = ["0.2"],  # noqa: B006
     limit: Annotated[int | None, typer.Option(help="At most so many sketches and photos a class of each set.")] = None,
     sketches: Annotated[str | None, typer.Option(help="Segmentation: the set with the sketches.")] = None,
     sketches_root: Annotated[Path | None, typer.Option(help="Segmentation: its folder.")] = None,
@@ -462,7 +465,7 @@ def train(
         if {*job.held_out.classes}.isdisjoint(record.label for record in job.task.records):  # whole classes
             file = out / f"held-out{number if len(jobs) > 1 else ''}.txt"
             names = "".join(f"{name}\n" for name in job.held_out.classes)
-            file.write_text(f"# {job.task.name}: {job.held_out.split}\n{names}", encoding="utf-8")
+            file.write_text(f"# {job.task.name}: {job.held_out.split}\n{names}", "utf-8", "surrogateescape")
     if as_json:
         print(json.dumps({"checkpoint": str(out), "metrics": figures}, indent=2))
     else:

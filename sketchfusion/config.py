@@ -106,6 +106,9 @@ class Config:
         Raises:
             ConfigError: unknown or missing key, wrong type, or a value that is not legal.
         """
+        version = values.get("format_version", FORMAT_VERSION) if isinstance(values, dict) else FORMAT_VERSION
+        if version != FORMAT_VERSION:  # before its keys, which may be others
+            raise ConfigError("format_version", f"is {version!r}", legal=str(FORMAT_VERSION))
         return _build(cls, values, prefix="")
 
     @classmethod

@@ -21,7 +21,7 @@ class ImageError(SketchFusionError):
         super().__init__(f"{where} ({source}): {problem}" if source else f"{where}: {problem}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions cross process borders from DataLoader workers, and keyword-only arguments do not by default.
+        # Exceptions cross the borders of process pools, and keyword-only arguments do not by default.
         return partial(ImageError, source=self.source, index=self.index), (self.problem,)
 
 

@@ -88,14 +88,15 @@ class Features:
         """One batch of several, in their order; a single image is a batch of one.
 
         Returns:
-            Their `model`, where all are known to be of one, and their `paths`, where all have some.
+            Their `model`, where all are known to be of one, and their `paths`, where all images have one.
 
         Raises:
             SketchFusionError: there are no parts, or they do not fit together: two models, devices or shapes, or maps
                 that some have and others have not.
         """
         parts = list(parts)
-        models, paths = {part.model for part in parts}, [part.paths for part in parts]
+        models = {part.model for part in parts}
+        paths = [part.paths for part in parts if part]
         if not parts:
             raise SketchFusionError("there are no features to put together")
         known = sorted(model for model in models if model is not None)
@@ -127,6 +128,10 @@ class Features:
             None if None in paths else [path for some in paths for path in some or ()],
             models.pop() if len(models) == 1 else None,
         )
+
+    def __bool__(self) -> bool:
+        """Whether there is an image: a batch can be empty."""
+        return isinstance(self.geometry.width, int) or len(self) > 0
 
     def __iter__(self) -> Iterator[Features]:
         return (self[i] for i in range(len(self)))
@@ -232,7 +237,7 @@ class Features:
     def save(self, path: str | os.PathLike, paths: Sequence[str] | None = None) -> None:
         """Write a safetensors file with `pooled`, `dense` and `geometry.*`: it appears complete or not at all.
 
-        Its metadata hold `paths`, a JSON list, and `model`.
+        `paths` are in it as JSON in bytes, and its metadata hold `model`.
 
         Args:
             path: the file.
@@ -252,8 +257,9 @@ class Features:
         }
         for name, field in self.geometry._asdict().items():
             tensors[f"geometry.{name}"] = torch.as_tensor(field).clone()  # safetensors refuses shared memory
-        metadata = {"format": FORMAT} | ({} if paths is None else {"paths": json.dumps(paths)})
-        metadata |= {} if self.model is None else {"model": self.model}
+        if paths is not None:  # no metadata: a header holds 100 MB at most
+            tensors["paths"] = torch.frombuffer(bytearray(json.dumps(paths), "ascii"), dtype=torch.uint8)
+        metadata = {"format": FORMAT} | ({} if self.model is None else {"model": self.model})
         path = Path(path)
         if not path.name:
             raise SketchFusionError(f"{str(path)!r} is no file to write to")
@@ -263,6 +269,8 @@ class Features:
     def load(cls, path: str | os.PathLike, *, dense: bool = True) -> Features:
         """Read what `save` wrote into tensors in host memory, `paths` and `model` included.
 
+        They are mapped from the file: replace it, as `save` does, and never write over it while they are in use.
+
         Args:
             path: the file.
             dense: read the dense maps too; without them it is quick, and small.
@@ -271,6 +279,8 @@ class Features:
             LoadError: the file is missing, damaged or not one of ours.
         """
         try:
+            if os.path.isdir(path):
+                raise IsADirectoryError("it is a folder")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 names = [name for name in file.keys() if dense or name != "dense"]  # noqa: SIM118
@@ -296,7 +306,9 @@ def _restored(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Features:
         raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
     fields = [tensors.pop(f"geometry.{name}") for name in Geometry._fields]
     pooled, dense = tensors.pop("pooled", None), tensors.pop("dense", None)
-    paths = json.loads(metadata["paths"]) if "paths" in metadata else None
+    paths = tensors.pop("paths", None)
+    if paths is not None:
+        paths = json.loads(paths.numpy().tobytes())
     lead = tuple(fields[0].shape)  # () for one image, (N,) for a batch
     batched = len(lead)
     fits = (

@@ -387,18 +387,19 @@ def _decoded(file: BinaryIO, source: str) -> Image.Image:
         return _on_white(opened)
 
 
-_PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as `warnings.filters` has it
+# As `warnings.filters` has it: of odd metadata, and not of images near the limit, which stays the user's to filter.
+_PILLOW_WARNS = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
 
 
 @contextmanager
 def _decoding(source: str) -> Iterator[None]:
-    """Turns whatever Pillow raises into an ImageError with the source, and silences what it warns of.
+    """Turns whatever Pillow raises into an ImageError with the source, and silences what it warns of in metadata.
 
     Everything is caught, as decoders raise anything over a damaged file, from SyntaxError to struct.error.
     """
     # For good: `catch_warnings` in one thread brings back, or takes away, what another has put there.
     if warnings.filters[:1] != [_PILLOW_WARNS]:
-        warnings.filterwarnings("ignore", module=_PILLOW_WARNS[3].pattern)
+        warnings.filterwarnings("ignore", category=UserWarning, module=_PILLOW_WARNS[3].pattern)
     try:
         yield
     except ImageError as error:

@@ -401,7 +401,9 @@ class SketchFusion(nn.Module):
         """`encode`, yielding Features batch by batch in host memory: memory does not grow with the images.
 
         While a batch is computed, threads read and decode the next: files and URLs, of a list all kinds. Where an image
-        is refused, the good ones before it are yielded first. Arguments and errors as for `encode`.
+        is refused, the good ones before it are yielded first. Of an iterator up to two batches of paths are drawn
+        before the first is computed: who makes them one by one, and waits for each, gives images that are opened.
+        Arguments and errors as for `encode`.
 
         Returns:
             An iterator of `Features` of n images each, in their order: pooled (n, D), dense (n, D, g, g); n is

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -65,6 +66,18 @@ def test_good_images_are_written_and_each_bad_one_gets_a_line(run: Run, folder: 
     lines = done.stderr.splitlines()
     assert len(lines) == 3
     assert all(name in line for name, line in zip(["broken.png", "text.png", "gone.png"], lines, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_a_file_name_can_be_any_bytes(tmp_path: Path) -> None:
+    shutil.copy(IMAGES / "cat.jpg", os.fsencode(tmp_path) + b"/\xff.jpg")
+    code = "from sketchfusion.cli import main; main()"
+    arguments = [sys.executable, "-c", code, "encode", b"\xff.jpg", "--no-dense", "--out", "g.safetensors"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("\\udcff.jpg: pooled [256]")
+    assert Features.load(tmp_path / "g.safetensors").paths == ["\udcff.jpg"]
 
 
 def test_all_images_of_a_folder_are_encoded(run: Run, folder: Path) -> None:

@@ -75,6 +75,11 @@ def test_one_error_names_key_and_legal_values(
     assert key in str(caught.value)
 
 
+def test_another_version_is_named_before_its_keys(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="format_version: is 2; legal: 1"):
+        Config.from_dict(values | {"format_version": 2, "new": 3})
+
+
 @pytest.mark.parametrize("key", ["timestep", "format_version", "diffusion", "semantic.mean"])
 def test_missing_keys(values: dict[str, Any], key: str) -> None:
     outer, _, inner = key.partition(".")

@@ -489,6 +489,13 @@ def test_a_mask_without_a_value_is_all_that_is_not_zero(tmp_path: Path) -> None:
         assert mask.all() == (mode != "RGBA")  # opaque black is black
 
 
+def test_a_mask_of_more_than_256_objects(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 255, 300]], np.uint16)).save(tmp_path / "mask.png")
+    image = str(paint(tmp_path / "image.png"))
+    mask = Record(image, "photo", "cat", mask=str(tmp_path / "mask.png"), row=300).read_mask()
+    assert mask.tolist() == [[False, False, True]]
+
+
 def test_shoes(tmp_path: Path) -> None:
     found = load("shoes", write_shoes(tmp_path))
     assert (found.classes, found.split, len(found.photos), len(found.sketches)) == (

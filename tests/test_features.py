@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -333,10 +334,38 @@ def test_paths_are_saved_with_the_features(tmp_path: Path) -> None:
     assert Features.load(file).paths == ["ä b.png", "c.png"]
     with pytest.raises(SketchFusionError, match="2 paths for the features of 3 images"):
         batch().save(file, paths=["a", "b"])
-    header = file.read_bytes()
-    size = int.from_bytes(header[:8], "little")
-    metadata = json.loads(header[8 : 8 + size])["__metadata__"]
-    assert json.loads(metadata["paths"]) == ["ä b.png", "c.png"]
+    assert json.loads(load_file(file)["paths"].numpy().tobytes()) == ["ä b.png", "c.png"]
+
+
+def test_paths_have_no_limit(tmp_path: Path) -> None:
+    """A safetensors header, which also holds the metadata, takes 100 MB."""
+    paths = ["/".join(["x" * 200] * 200) + str(i) for i in range(2600)]
+    file = tmp_path / "f.safetensors"
+    fields = torch.ones(len(Geometry._fields), len(paths), dtype=torch.int64)
+    Features(torch.zeros(len(paths), 1), None, Geometry(*fields), paths).save(file)
+    assert file.stat().st_size > 1e8
+    assert Features.load(file).paths == paths
+
+
+def test_one_file_is_saved_by_several_threads(tmp_path: Path) -> None:
+    file, features = tmp_path / "f.safetensors", batch()
+
+    def save(_: int) -> bool:
+        features.save(file)
+        return len(Features.load(file)) == len(features)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(save, range(200)))
+    assert os.listdir(tmp_path) == ["f.safetensors"]
+
+
+def test_a_batch_without_images_takes_no_paths_from_others() -> None:
+    named, empty = replace(batch(), paths=["a", "b", "c"]), batch()[:0]
+    assert empty.paths is None
+    assert not empty
+    assert batch()[0]
+    assert Features.cat([named, empty]).paths == ["a", "b", "c"]
+    assert Features.cat([named, batch()]).paths is None
 
 
 def test_the_model_stays_with_its_features(tmp_path: Path) -> None:
@@ -423,8 +452,8 @@ def test_files_that_are_not_features(tmp_path: Path) -> None:
     ):
         save_file(tensors | change, foreign, metadata)
         refused("do not fit")
-    for paths in ("[", "3", '["a"]'):
-        save_file(tensors, foreign, metadata | {"paths": paths})
+    for paths in (b"[", b"3", b'["a"]'):
+        save_file(tensors | {"paths": torch.tensor(list(paths), dtype=torch.uint8)}, foreign, metadata)
         refused("not a file that Features.save wrote")
     foreign.unlink()
     refused("cannot be read")

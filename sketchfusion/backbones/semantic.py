@@ -23,7 +23,7 @@ PREPROCESSOR = "preprocessor_config.json"
 
 
 class SemanticBackbone(Frozen):
-    """Frozen vision transformer: image -> the patch tokens of `hidden_states[-1]` (for CLIP: before the last norm).
+    """Frozen vision transformer: image -> the patch tokens of `hidden_states[-1]`, before the last norm.
 
     Args:
         model: a transformers vision model.

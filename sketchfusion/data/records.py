@@ -96,7 +96,7 @@ class Record:
         with open_regular(self.mask) as file:
             try:
                 with Image.open(file) as image:
-                    values = np.asarray(image if image.mode in ("1", "L", "P") else image.convert("L"))
+                    values = np.asarray(image.convert("L") if len(image.getbands()) > 1 else image)
             except Exception as error:  # decoders raise anything over a damaged file
                 problem = f"the mask cannot be decoded: {type(error).__name__}"
                 raise ImageError(problem, source=self.mask) from None

@@ -302,6 +302,6 @@ def strips(examples: Sequence[Example]) -> Figure:
             one.set(xticks=[], yticks=[])
             one.spines[:].set_visible(True)
         for one, (_, relevant) in zip(line[1:], found, strict=False):
-            one.spines[:].set(color=right if relevant else wrong, linewidth=2, linestyle="-" if relevant else ":")
+            one.spines[:].set(color=right if relevant else wrong, linewidth=2, linestyle="-" if relevant else "--")
         line[0].set_ylabel((query.label or "")[:14], fontsize=6)
     return figure

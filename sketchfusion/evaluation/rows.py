@@ -89,7 +89,7 @@ class Extractor:
         self._unmixed = copy.deepcopy(model.aggregator)
         nn.init.zeros_(self._unmixed.mixing_weights)  # equal after the softmax
 
-    def stream(self, images: Sequence[Record | ImageInput], unit: str = "image") -> Iterator[tuple[int, str, Features]]:
+    def stream(self, images: Sequence[Record | ImageInput]) -> Iterator[tuple[int, str, Features]]:
         """Every row's features of one batch after the other: (position of the batch's first image, row, features).
 
         The features are on the model's device, float32: pooled (n, D), dense (n, D, g, g), with D and g of the row.
@@ -97,7 +97,6 @@ class Extractor:
 
         Args:
             images: records of a data set, or anything that `encode` takes.
-            unit: what one of them is called on the progress bar.
 
         Raises:
             ImageError: an image cannot be read; its source is the file.
@@ -105,7 +104,7 @@ class Extractor:
         """
         size = self.batch_size
         with (
-            Progress("evaluate", unit, len(images), self.progress) as bar,
+            Progress("evaluate", "image", len(images), self.progress) as bar,
             closing(read_ahead(iter(images), self._read, size, listed=True)) as ahead,
         ):
             for start in range(0, len(images), size):
@@ -142,7 +141,7 @@ class Extractor:
             for row in self.rows:
                 match row:
                     case "semantic":
-                        features = mean_pooled(tokens.float(), geometry)
+                        features = mean_pooled(F.normalize(tokens.float(), dim=1), geometry)
                     case "diffusion":
                         features = mean_pooled(self._side_by_side(bare), geometry)
                     case "semantic+diffusion":
@@ -156,7 +155,8 @@ class Extractor:
                     case "fused":
                         features = model.aggregate(injected, geometry)
                     case _:
-                        features = mean_pooled(self._encoders[row](pixels.to(model.device)).float(), geometry)
+                        found = self._encoders[row](pixels.to(model.device)).float()
+                        features = mean_pooled(F.normalize(found, dim=1), geometry)
                 if not features.dense.isfinite().all():
                     raise SketchFusionError(
                         f"the features of {row} are not finite: {model.dtype} overflowed; use bfloat16 or float32"

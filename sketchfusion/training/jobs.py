@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def make_job(
     data: DataSet,
     model: SketchFusion,
     *,
-    held_out: DataSet | float = 0.1,
+    held_out: DataSet | float = 0.2,
     sketches: DataSet | None = None,
     images: int = 64,
     level: str = "category",
@@ -246,7 +247,7 @@ def _only(data: DataSet, usable: Collection[str | None], lacking: str) -> DataSe
     if not lost:
         return data
     log.info("%s (%s): left out, %s: %s", data.name, data.split, lacking, listed(lost))
-    return data.of_classes([name for name in data.classes if name in usable], f"without {len(lost)} classes")
+    return data.of_classes([name for name in data.classes if name in usable], f"without {listed(lost)}")
 
 
 def open_held_out(jobs: Sequence[Job], progress: bool | None = None) -> None:
@@ -291,10 +292,8 @@ def _split_classes(data: DataSet, share: float, level: str) -> tuple[DataSet, Da
         raise SketchFusionError(
             f"{data.name} ({data.split}): of {len(data.classes)} classes {share:g} cannot be held out to validate on"
         )
-    return (
-        data.of_classes(kept, f"without {len(apart)} classes"),
-        data.of_classes(apart, f"{len(apart)} classes held out"),
-    )
+    words = "one class" if len(apart) == 1 else f"{len(apart)} classes"
+    return data.of_classes(kept, f"without {words}"), data.of_classes(apart, f"{words} held out")
 
 
 def _drawn_from_photos(data: DataSet) -> DataSet:
@@ -309,10 +308,12 @@ def _split_sketches(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
 
     A class's only sketch is on both sides.
     """
-    groups = [[record for record in data.sketches if record.label == name] for name in data.classes]
-    apart = tuple(record for group in groups for record in spaced(group, max(1, round(share * len(group)))))
+    groups: dict[str | None, list[Record]] = defaultdict(list)
+    for record in data.sketches:
+        groups[record.label].append(record)
+    apart = tuple(record for group in groups.values() for record in spaced(group, max(1, round(share * len(group)))))
     gone = set(apart)
-    kept = tuple(record for group in groups for record in group if record not in gone or len(group) == 1)
+    kept = tuple(record for group in groups.values() for record in group if record not in gone or len(group) == 1)
     return (
         dataclasses.replace(data, records=kept, split=f"{data.split}, {1 - share:.0%}"),
         dataclasses.replace(data, records=apart, split=f"{data.split}, {share:.0%} held out"),
