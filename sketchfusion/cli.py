@@ -507,7 +507,11 @@ def evaluate(
     photos_root: Annotated[Path | None, typer.Option(help="zs-sbir: its folder.")] = None,
     test_root: Annotated[Path | None, typer.Option(help="recognition: fit to all of root, test on this.")] = None,
     held_out: Annotated[
-        float | None, typer.Option(help="recognition: share of the sketches to test on. [default: 0.2]")
+        float | None,
+        typer.Option(
+            help="recognition: share of the sketches to test on [default: 0.2]; correspondence and segmentation: "
+            "what a training with this share held out [default: all]."
+        ),
     ] = None,
     sketches: Annotated[str | None, typer.Option(help="segmentation: the set with the sketches.")] = None,
     sketches_root: Annotated[Path | None, typer.Option(help="segmentation: its folder.")] = None,

@@ -31,6 +31,7 @@ from sketchfusion.evaluation.report import METRICS, PAPER, TITLES, bars, text
 from sketchfusion.images import Preprocess, collate, letterbox
 from sketchfusion.tasks.segmentation import mask_iou
 from sketchfusion.training.cache import Entry, pixels_of
+from sketchfusion.training.jobs import make_job
 
 # ---- rows
 
@@ -423,6 +424,33 @@ def test_segmentation_by_hand(tmp_path: Path) -> None:
     assert used == ["s0", "s1", "s2"]  # a class's sketches take turns
     twice, _ = segmentation(extractor, photos, sketches, queries=2)
     assert (twice.figures["queries"], twice.figures["sketches"]) == (6, 4)
+
+
+def test_what_a_training_held_out_is_found_again(model: SketchFusion, tmp_path: Path) -> None:
+    points = (("0", 2.5, 2.5), ("1", 6.5, 5.5))
+    mask = mask_file(tmp_path, "mask.png", np.eye(8, dtype=bool))
+    photos = [record(f"p{i}", "ab"[i % 2], str(i), points=points, mask=mask) for i in range(20)]
+    drawn = [record(f"s{i}", "ab"[i % 2], str(i), points=points) for i in range(20)]
+    paired, masked, sketches = collection(*photos, *drawn), collection(*photos), collection(*drawn)
+    extractor: Any = Made(one_hot)
+
+    job = make_job("correspondence", paired, model, held_out=0.3)
+    correspondence(extractor, paired, held_out=0.3)
+    assert 0 < len(job.held_out.records) < 40
+    assert set(extractor.seen) == set(job.held_out.records)
+    assert not set(extractor.seen) & set(job.task.records)
+
+    extractor.seen.clear()
+    extractor.features = lambda one: ([1.0], torch.ones(1, 8, 8))
+    job = make_job("segmentation", masked, model, held_out=0.3, sketches=sketches)
+    segmentation(extractor, masked, sketches, held_out=0.3)
+    assert {one.kind for one in extractor.seen} == {"photo", "sketch"}
+    assert set(extractor.seen) <= set(job.held_out.records)
+    assert not set(extractor.seen) & set(job.task.records)
+    with pytest.raises(ConfigError, match="held_out"):
+        correspondence(extractor, paired, held_out=1.0)
+    with pytest.raises(ConfigError, match="held_out"):
+        segmentation(extractor, masked, sketches, held_out=0.0)
 
 
 def test_the_iou_at_every_threshold_is_that_of_the_mask() -> None:

@@ -34,6 +34,33 @@ def split(records: Sequence[Record], held_out: float, seed: int = 0) -> tuple[tu
     return tuple(sides[0]), tuple(sides[1])
 
 
+def split_set(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
+    """`split` of a set -> (what is kept, what is held out), each saying so."""
+    kept, apart = split(data.records, share)
+    return _parts(data, kept, apart, share)
+
+
+def split_sketches(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
+    """Of each class, sketches that are evenly spaced, one at least: without a query it could not be validated.
+
+    A class's only sketch is on both sides.
+    """
+    groups: dict[str | None, list[Record]] = defaultdict(list)
+    for record in data.sketches:
+        groups[record.label].append(record)
+    apart = tuple(record for group in groups.values() for record in spaced(group, max(1, round(share * len(group)))))
+    gone = set(apart)
+    kept = tuple(record for group in groups.values() for record in group if record not in gone or len(group) == 1)
+    return _parts(data, kept, apart, share)
+
+
+def _parts(data: DataSet, kept: tuple[Record, ...], apart: tuple[Record, ...], share: float) -> tuple[DataSet, DataSet]:
+    return (
+        replace(data, records=kept, split=f"{data.split}, {1 - share:.0%}"),
+        replace(data, records=apart, split=f"{data.split}, {share:.0%} held out"),
+    )
+
+
 def _fraction(record: Record, seed: int) -> float:
     """A number in [0, 1) that depends on what the record is and on the seed, evenly spread."""
     identity = record.photo or f"{record.label}/{os.path.basename(record.path)}/{record.row}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data import DataError, DataSet, Record, spaced, split
 from ..data.layout import listed
+from ..data.splits import split_set, split_sketches
 from ..errors import ConfigError, SketchFusionError
 from ..features import Features
 from ..tasks.correspondence import match, pck
@@ -223,8 +224,7 @@ def recognition(
         DataError: fewer than two classes to fit to, nothing to test on, or classes that are only tested on.
         ImageError: an image cannot be read.
     """
-    if not 0 < held_out < 1:
-        raise ConfigError("held_out", f"is {held_out}", legal="a share between 0 and 1")
+    _check_share(held_out)
     if test is None:
         fitted, tested = split(data.sketches, held_out)
         known = {record.label for record in fitted}
@@ -257,7 +257,7 @@ def recognition(
 # ---- correspondence
 
 
-def correspondence(extractor: Extractor, data: DataSet) -> list[Result]:
+def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | None = None) -> list[Result]:
     """Key points of a sketch are looked for in the photo that it was drawn from.
 
     PCK@a is the share of all points that are found within a % of the photo's longer side (PSC6K: of 256 px). The row
@@ -266,11 +266,16 @@ def correspondence(extractor: Extractor, data: DataSet) -> list[Result]:
     Args:
         extractor: the rows.
         data: a set with pairs.
+        held_out: look at the photos, and their sketches, that a training with this share holds out; None: at all.
 
     Raises:
+        ConfigError: `held_out` is no share.
         DataError: there are no pairs, or a key point lies outside of its image.
         ImageError: an image cannot be read.
     """
+    if held_out is not None:
+        _check_share(held_out)
+        data = split_set(data, held_out)[1]
     drawn: dict[Record, list[tuple[Record, tuple[str, ...]]]] = defaultdict(list)
     for sketch, photo, names in data.pairs():
         drawn[photo].append((sketch, names))
@@ -322,7 +327,9 @@ def _hits(found: Tensor, truth: Tensor, side: float) -> Tensor:
 # ---- segmentation
 
 
-def segmentation(extractor: Extractor, data: DataSet, sketches: DataSet, *, queries: int = 1) -> list[Result]:
+def segmentation(
+    extractor: Extractor, data: DataSet, sketches: DataSet, *, queries: int = 1, held_out: float | None = None
+) -> list[Result]:
     """A sketch of a photo's class is looked for in the photo: the mask is where the cosine exceeds 0.47.
 
     `miou_best` is the mIoU at the one threshold that suits the row best on this very set: an upper bound, no result.
@@ -334,14 +341,18 @@ def segmentation(extractor: Extractor, data: DataSet, sketches: DataSet, *, quer
         data: photos with masks.
         sketches: a set with sketches of the same classes.
         queries: sketches that are looked for in each photo, one after the other, always the same ones.
+        held_out: look at the photos and the sketches that a training with this share holds out; None: at all.
 
     Raises:
-        ConfigError: `queries` is below 1.
+        ConfigError: `queries` is below 1, or `held_out` is no share.
         DataError: there are no photos with masks, a class has no sketches, or a mask does not fit its photo.
         ImageError: an image or a mask cannot be read.
     """
     if queries < 1:
         raise ConfigError("queries", f"is {queries}", legal="an integer from 1 up")
+    if held_out is not None:
+        _check_share(held_out)
+        data, sketches = split_set(data, held_out)[1], split_sketches(sketches, held_out)[1]
     photos = [record for record in data.photos if record.mask is not None]
     labels = {record.label for record in photos}
     drawings = [record for record in sketches.sketches if record.label in labels]
@@ -417,6 +428,11 @@ def _ious(cosines: Tensor, truth: Tensor) -> Tensor:
 
 
 # ---- shared
+
+
+def _check_share(held_out: float) -> None:
+    if not 0 < held_out < 1:
+        raise ConfigError("held_out", f"is {held_out}", legal="a share between 0 and 1")
 
 
 def _pooled(extractor: Extractor, records: Sequence[Record]) -> dict[str, Tensor]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 
-from ..data import DataSet, Record, spaced, split
+from ..data import DataSet, Record, spaced
 from ..data.layout import letters, listed
+from ..data.splits import split_set, split_sketches
 from ..errors import ConfigError, SketchFusionError
 from ..evaluation import protocols
 from ..evaluation.rows import Extractor
@@ -205,7 +205,7 @@ def make_job(
         assert sketches is not None
         drawn, queries = sketches, sketches
         if not isinstance(held_out, DataSet):
-            drawn, queries = _split_sketches(sketches, held_out)
+            drawn, queries = split_sketches(sketches, held_out)
         # A sketch that asks is apart where its class has others to train on, or no photos to.
         still = {record.label for record in kept.records}
         trained = {record for record in drawn.records if record.label in still}
@@ -303,30 +303,10 @@ def _drawn_from_photos(data: DataSet) -> DataSet:
     return dataclasses.replace(data, records=records)
 
 
-def _split_sketches(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
-    """Of each class, sketches that are evenly spaced, one at least: without a query it could not be validated.
-
-    A class's only sketch is on both sides.
-    """
-    groups: dict[str | None, list[Record]] = defaultdict(list)
-    for record in data.sketches:
-        groups[record.label].append(record)
-    apart = tuple(record for group in groups.values() for record in spaced(group, max(1, round(share * len(group)))))
-    gone = set(apart)
-    kept = tuple(record for group in groups.values() for record in group if record not in gone or len(group) == 1)
-    return (
-        dataclasses.replace(data, records=kept, split=f"{data.split}, {1 - share:.0%}"),
-        dataclasses.replace(data, records=apart, split=f"{data.split}, {share:.0%} held out"),
-    )
-
-
 def _split_records(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
-    kept, apart = split(data.records, share)
-    if not kept or not apart:
+    kept, apart = split_set(data, share)
+    if not kept.records or not apart.records:
         raise SketchFusionError(
             f"{data.name} ({data.split}): of {len(data.records)} images {share:g} cannot be held out to validate on"
         )
-    return (
-        dataclasses.replace(data, records=kept, split=f"{data.split}, {1 - share:.0%}"),
-        dataclasses.replace(data, records=apart, split=f"{data.split}, {share:.0%} held out"),
-    )
+    return kept, apart
