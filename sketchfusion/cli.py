@@ -580,7 +580,8 @@ def bench(
                 raise ConfigError(name, f"is {text!r}", legal="integers, separated by commas")
         return [int(part) for part in parts]
 
-    counts = integers("--batch-size", batch_size), integers("--ensemble", ensemble), integers("--size", size)
+    batch_sizes, ensembles = integers("--batch-size", batch_size), integers("--ensemble", ensemble)
+    sizes = integers("--size", size) or None
 
     from . import plots
     from .evaluation import bench as benchmark
@@ -589,7 +590,7 @@ def bench(
         plots.check_file(plot)
     chosen = list(benchmark.PEERS) if peers is None else [] if peers == "none" else split_commas(peers)
     result = benchmark.bench(
-        model, peers=chosen, sizes=counts[2] or None, batch_sizes=counts[0], ensembles=counts[1], runs=runs,
+        model, peers=chosen, sizes=sizes, batch_sizes=batch_sizes, ensembles=ensembles, runs=runs,
         device=device, dtype=dtype, compile=compile, profile=profile,
     )  # fmt: skip
     print(json.dumps(result, indent=2) if as_json else benchmark.table(result), flush=True)

@@ -75,8 +75,7 @@ class Config:
             "aggregator_grid": 1,
             "aggregator_groups": 1,
         }.items():
-            if getattr(self, key) < low:
-                raise ConfigError(key, f"is {getattr(self, key)}", legal=f"an integer from {low} up")
+            check_count(key, getattr(self, key), low)
         check_ensemble(self.ensemble)
         if self.noise_seed >= 2**63:
             raise ConfigError("noise_seed", f"is {self.noise_seed}", legal="an integer from 0 to 2**63 - 1")
@@ -139,6 +138,12 @@ class Config:
     def to_json(self) -> str:
         """The text of a `config.json`."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def check_count(key: str, value: typing.Any, least: int = 1) -> None:
+    """Raise a ConfigError unless `value` is an integer from `least` up."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ConfigError(key, f"is {value!r}", legal=f"an integer from {least} up")
 
 
 def check_ensemble(ensemble: int) -> None:

@@ -109,15 +109,20 @@ def recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> BackboneC
     return dataclasses.replace(backbone, source=origin.source, revision=origin.commit(marker))
 
 
+SEES = tuple(f"{name}_{key}" for name in MARKERS for key in ("image_size", "mean", "std"))
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise a ConfigError for what `default_config` does not know, which takes no backbones to see."""
+    known = [*(field.name for field in dataclasses.fields(Config) if field.name not in MARKERS), *SEES]
+    for key in settings:
+        if key not in known:
+            raise unknown_key(key, known)
+
+
 def default_config(networks: Networks, settings: dict[str, Any]) -> Config:
     """The paper's configuration for these backbones, with the caller's settings on top."""
     unet, vision = networks.unet, networks.vision
-    known = [field.name for field in dataclasses.fields(Config) if field.name not in ("diffusion", "semantic")]
-    sees = [f"{name}_{key}" for name in ("diffusion", "semantic") for key in ("image_size", "mean", "std")]
-    for key in settings:
-        if key not in known + sees:
-            raise unknown_key(key, known + sees)
-
     given = {"semantic_mean", "semantic_std"} <= settings.keys()
     published = None if given else semantic_backbone.published_normalisation(networks.origins["semantic"])
     if published is None and not given:
@@ -145,11 +150,11 @@ def default_config(networks: Networks, settings: dict[str, Any]) -> Config:
     ).to_dict()
     if isinstance(width, int) and width >= 4:  # what else it may be is refused below
         base["aggregator_groups"] = math.gcd(width // 4, unet.config.norm_num_groups)
-    for key in sees:
+    for key in SEES:
         if key in settings:
             name, _, inner = key.partition("_")
             base[name][inner] = settings[key]
-    return Config.from_dict(base | {key: settings[key] for key in settings if key in known})
+    return Config.from_dict(base | {key: value for key, value in settings.items() if key not in SEES})
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import numbers
 import os
 import tempfile
 import warnings
@@ -25,7 +24,7 @@ from .backbones import diffusion as diffusion_backbone
 from .backbones import semantic as semantic_backbone
 from .backbones.diffusion import DiffusionBackbone, block_widths
 from .backbones.semantic import SemanticBackbone
-from .config import BackboneConfig, Config, check_blocks, check_ensemble, unknown_key
+from .config import BackboneConfig, Config, check_blocks, check_count, check_ensemble, unknown_key
 from .errors import ConfigError, ImageError, LoadError, SketchFusionError
 from .features import Features
 from .files import staged
@@ -41,6 +40,7 @@ from .loading import (
     Networks,
     Origin,
     PathLike,
+    check_settings,
     default_config,
     find_checkpoint,
     find_origin,
@@ -257,6 +257,7 @@ class SketchFusion(nn.Module):
             ConfigError: a setting is unknown, illegal or does not fit the backbones.
         """
         access = Access(token, cache_dir, local_files_only)
+        check_settings(settings)
         origins = {
             "diffusion": find_origin(diffusion, diffusion_revision, access, MARKERS["diffusion"]),
             "semantic": find_origin(semantic, semantic_revision, access, MARKERS["semantic"]),
@@ -431,8 +432,7 @@ class SketchFusion(nn.Module):
             raise unknown_key(name, ENCODE_KEYWORDS)
         if batch_size is None:
             batch_size = self.default_batch_size
-        if not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ConfigError("batch_size", f"is {batch_size!r}", legal="an integer from 1 up")
+        check_count("batch_size", batch_size)
         if not (pooled or dense):
             raise ConfigError("pooled", "and dense are both False", legal="at least one of them True")
         if to not in ("torch", "numpy"):
@@ -589,7 +589,8 @@ class SketchFusion(nn.Module):
         kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         pooled = torch.empty(count, width, **kind) if options.pooled else None
         dense = torch.empty(count, width, grid, grid, **kind) if options.dense else None
-        geometry = collate([part.geometry.image(i) for part in parts for i in range(len(part))])
+        fields = zip(*(part.geometry for part in parts), strict=True)
+        geometry = Geometry(*map(torch.cat, fields)) if parts else collate([])
         row = 0
         while parts:
             part = parts.pop(0)
@@ -830,8 +831,8 @@ class SketchFusion(nn.Module):
             SketchFusionError: the folder cannot be written to.
             LoadError: the place that a backbone has to be copied from is no longer there.
         """
-        homeless = [name for name in self._origins if include_backbones or not self._has_address(name)]
-        self._save(Path(directory), include=homeless)
+        include = [name for name in self._origins if include_backbones or not self._has_address(name)]
+        self._save(Path(directory), include)
 
     def push_to_hub(
         self,
@@ -855,7 +856,7 @@ class SketchFusion(nn.Module):
         include = [
             name
             for name, origin in self._origins.items()
-            if include_backbones or not (self._has_address(name) and not origin.is_local)
+            if include_backbones or not self._has_address(name) or origin.is_local
         ]
         hub = Location(repo_id, revision)
         with tempfile.TemporaryDirectory() as folder, hub.explained(f"uploading to {repo_id}"):

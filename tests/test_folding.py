@@ -34,7 +34,6 @@ SMALL: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "sd21": {},
     "sd15": {"use_linear_projection": False, "attention_head_dim": 4},
-    "no activation": {"resnet_skip_time_act": True},
     "scale and shift": {"resnet_time_scale_shift": "scale_shift"},  # leaves the time embedding unfolded
 }
 

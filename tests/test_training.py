@@ -672,7 +672,15 @@ class TestViews:
 class TestSettings:
     @pytest.mark.parametrize(
         ("key", "value"),
-        [("steps", 0), ("views", 0), ("lr", 0.0), ("lr", float("nan")), ("warmup", 2.0), ("without", ("taps",))],
+        [
+            ("steps", 0),
+            ("steps", 2.5),
+            ("views", 0),
+            ("lr", 0.0),
+            ("lr", float("nan")),
+            ("warmup", 2.0),
+            ("without", ("taps",)),
+        ],
     )
     def test_illegal(self, key: str, value: Any) -> None:
         with pytest.raises(ConfigError, match=key):

@@ -52,8 +52,7 @@ def _fold_timestep(unet: Any, timestep: int) -> None:
     steps = torch.tensor([timestep], device=exact.device)
     embedding = copy.deepcopy(unet.time_embedding).to(exact.dtype)(unet.time_proj(steps).to(exact.dtype))[0]
     for resnet in resnets:
-        activated = embedding if resnet.skip_time_act else resnet.nonlinearity(embedding)
-        bias = _exact(resnet.conv1.bias) + _linear(resnet.time_emb_proj, activated)
+        bias = _exact(resnet.conv1.bias) + _linear(resnet.time_emb_proj, resnet.nonlinearity(embedding))
         _replace(_plain(resnet.conv1, nn.Conv2d), bias=bias)
         resnet.time_emb_proj = None
     unet.time_proj = unet.time_embedding = None

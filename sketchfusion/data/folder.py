@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ConfigError, SketchFusionError
+from ..config import check_count
+from ..errors import SketchFusionError
 from .layout import IMAGES, Classes, Published, folders, images
 from .records import DataSet, Record
 from .splits import spaced
@@ -68,8 +69,8 @@ def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]
         ConfigError: the limit is below 1.
         SketchFusionError: there is nothing of that name, or no image in it.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError("limit", f"is {limit}", legal="an integer from 1 up")
+    if limit is not None:
+        check_count("limit", limit)
     place = Path(place)
     if place.is_file():
         return [str(place)]

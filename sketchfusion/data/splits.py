@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from ..config import check_count
 from ..errors import ConfigError
 from .records import DataSet, Record
 
@@ -75,8 +76,7 @@ def limited(data: DataSet, count: int | None) -> DataSet:
     """
     if count is None:
         return data
-    if count < 1:
-        raise ConfigError("limit", f"is {count}", legal="an integer from 1 up")
+    check_count("limit", count)
     groups: dict[str | None, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
     for record in data.records:
         groups[record.label][record.kind == "photo"].append(record)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import check_ensemble
-from ..errors import ConfigError, SketchFusionError
+from ..config import check_count, check_ensemble
+from ..errors import SketchFusionError
 from ..images import Geometry, ImageInput, collate, read_ahead
 from ..model import SketchFusion
 from ..plots import principal_colours
@@ -340,11 +341,10 @@ def _batches(
         check_ensemble(ensemble)
     if batch_size is None:
         batch_size = model.default_batch_size
-    if batch_size < 1:
-        raise ConfigError("batch_size", f"is {batch_size}", legal="an integer from 1 up")
-    ahead = read_ahead(iter(images), model.preprocess, batch_size)
-    while batch := [read.result() for read in islice(ahead, batch_size)]:
-        yield torch.stack([pixels for pixels, _ in batch]), collate([geometry for _, geometry in batch])
+    check_count("batch_size", batch_size)
+    with closing(read_ahead(iter(images), model.preprocess, batch_size)) as ahead:
+        while batch := [read.result() for read in islice(ahead, batch_size)]:
+            yield torch.stack([pixels for pixels, _ in batch]), collate([geometry for _, geometry in batch])
 
 
 def _summary(found: _Running) -> dict[str, Any]:

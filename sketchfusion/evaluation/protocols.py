@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import check_count
 from ..data import DataError, DataSet, Record, spaced, split
 from ..data.layout import listed
 from ..data.splits import split_set, split_sketches
@@ -348,8 +349,7 @@ def segmentation(
         DataError: there are no photos with masks, a class has no sketches, or a mask does not fit its photo.
         ImageError: an image or a mask cannot be read.
     """
-    if queries < 1:
-        raise ConfigError("queries", f"is {queries}", legal="an integer from 1 up")
+    check_count("queries", queries)
     if held_out is not None:
         _check_share(held_out)
         data, sketches = split_set(data, held_out)[1], split_sketches(sketches, held_out)[1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..backbones import semantic
 from ..backbones.semantic import SemanticBackbone
-from ..config import check_ensemble
+from ..config import check_count, check_ensemble
 from ..data import Record
 from ..errors import ConfigError, LoadError, SketchFusionError
 from ..features import Features
@@ -71,8 +71,8 @@ class Extractor:
         progress: bool | None = None,
         source: str = "",
     ):
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError("batch_size", f"is {batch_size}", legal="an integer from 1 up")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         if ensemble is not None:
             check_ensemble(ensemble)
         if not rows or len(set(rows)) != len(rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import check_count
 from ..data import DataSet, Record
 from ..errors import ConfigError, SketchFusionError
 from ..features import Features, as_tensor, check_one_model
@@ -184,8 +184,7 @@ def search(
         ConfigError: `k` is not such a number.
     """
     check_one_model(queries, gallery, "queries and the gallery")
-    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
-        raise ConfigError("k", f"is {k!r}", legal="an integer from 1 up")
+    check_count("k", k)
     candidates = _vectors(gallery, "gallery")
     parts = []
     for scores, rows in _ranked(_vectors(queries, "queries").to(candidates.device), candidates, block_bytes):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..config import check_count
 from ..data import DataSet, Record, spaced
 from ..data.layout import letters, listed
 from ..data.splits import split_set, split_sketches
@@ -128,10 +129,9 @@ def make_job(
     if name == "segmentation" and sketches is None:
         raise ConfigError("sketches", "are missing: a sketch says what to find", legal="a set with sketches")
     least = 4 if name == "retrieval" else 1
-    if images < least:
-        raise ConfigError("images", f"is {images} for {name}", legal=f"an integer from {least} up")
-    if hidden is not None and hidden < 1:
-        raise ConfigError("hidden", f"is {hidden}", legal="an integer from 1 up")
+    check_count("images", images, least)
+    if hidden is not None:
+        check_count("hidden", hidden)
     if not isinstance(held_out, DataSet) and not 0 < held_out < 1:
         raise ConfigError("held_out", f"is {held_out}", legal="a share between 0 and 1, or what is validated on")
     data = _usable(name, data, sketches)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import check_count
 from ..data import Record
 from ..errors import ConfigError, SketchFusionError
 from ..files import make_folder
@@ -62,8 +63,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for key, low in _LEAST.items():
-            if getattr(self, key) < low:
-                raise ConfigError(key, f"is {getattr(self, key)}", legal=f"an integer from {low} up")
+            check_count(key, getattr(self, key), low)
         for key in ("lr", "mixing_lr_scale", "clip"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(key, f"is {getattr(self, key)}", legal="a number above 0")
