@@ -257,7 +257,7 @@ class Features:
         }
         for name, field in self.geometry._asdict().items():
             tensors[f"geometry.{name}"] = torch.as_tensor(field).clone()  # safetensors refuses shared memory
-        if paths is not None:  # no metadata: a header holds 100 MB at most
+        if paths is not None:  # not as metadata: a header holds 100 MB at most
             tensors["paths"] = torch.frombuffer(bytearray(json.dumps(paths), "ascii"), dtype=torch.uint8)
         metadata = {"format": FORMAT} | ({} if self.model is None else {"model": self.model})
         path = Path(path)

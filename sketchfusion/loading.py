@@ -109,6 +109,7 @@ def recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> BackboneC
     return dataclasses.replace(backbone, source=origin.source, revision=origin.commit(marker))
 
 
+# Settings of what a backbone sees.
 SEES = tuple(f"{name}_{key}" for name in MARKERS for key in ("image_size", "mean", "std"))
 
 
