@@ -70,7 +70,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import Features, SketchFusion, card
 from sketchfusion.config import Config
-from sketchfusion.data import DataError, DataSet, Record, class_names, find_images, limited, load, spaced, split
+from sketchfusion.data import DataError, DataSet, Record, class_names, find_images, limited, load, spaced
+from sketchfusion.data.splits import split_set
 from sketchfusion.errors import SketchFusionError
 from sketchfusion.evaluation import protocols
 from sketchfusion.evaluation.rows import ROWS, Extractor
@@ -1390,14 +1391,9 @@ class Sets:
 
 
 def read_sets(data: Path, work: Path, cycle: Cycle = TASKS_CYCLES[-1]) -> Sets:
-    def parts(whole: DataSet, share: float) -> list[DataSet]:
-        kept, apart = split(whole.records, share)
-        sides = ((kept, f"{1 - share:.0%}"), (apart, f"{share:.0%} held out"))
-        return [replace(whole, records=records, split=f"{whole.split}, {words}") for records, words in sides]
-
     voc = root_of("voc_animals", data, work)
-    shoes, shoes_apart = parts(load("shoes", root_of("shoes", data, work)), SHOES_APART)
-    animals, animals_apart = parts(load("voc", voc, classes=ANIMALS), ANIMALS_APART)
+    shoes, shoes_apart = split_set(load("shoes", root_of("shoes", data, work)), SHOES_APART)
+    animals, animals_apart = split_set(load("voc", voc, classes=ANIMALS), ANIMALS_APART)
     sketchy = taken("sketchy", data, work)
     queries = sketchy.of_classes((*ANIMALS, ANIMAL_APART), "four animals")
     apart = set(queries.records) - set(limited(queries, QUERIES_TRAINED).records)

@@ -35,8 +35,19 @@ def split(records: Sequence[Record], held_out: float, seed: int = 0) -> tuple[tu
     return tuple(sides[0]), tuple(sides[1])
 
 
+def check_share(held_out: float) -> None:
+    """Raise a ConfigError unless `held_out` is a share that leaves something on both sides."""
+    if not 0 < held_out < 1:
+        raise ConfigError("held_out", f"is {held_out}", legal="a share between 0 and 1")
+
+
 def split_set(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
-    """`split` of a set -> (what is kept, what is held out), each saying so."""
+    """`split` of a set -> (what is kept, what is held out), each saying so.
+
+    Raises:
+        ConfigError: as `check_share`.
+    """
+    check_share(share)
     kept, apart = split(data.records, share)
     return _parts(data, kept, apart, share)
 

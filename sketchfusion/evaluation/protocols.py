@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import check_count
 from ..data import DataError, DataSet, Record, spaced, split
 from ..data.layout import listed
-from ..data.splits import split_set, split_sketches
+from ..data.splits import check_share, split_set, split_sketches
 from ..errors import ConfigError, SketchFusionError
 from ..features import Features
 from ..tasks.correspondence import match, pck
@@ -225,7 +225,7 @@ def recognition(
         DataError: fewer than two classes to fit to, nothing to test on, or classes that are only tested on.
         ImageError: an image cannot be read.
     """
-    _check_share(held_out)
+    check_share(held_out)
     if test is None:
         fitted, tested = split(data.sketches, held_out)
         known = {record.label for record in fitted}
@@ -275,7 +275,6 @@ def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | Non
         ImageError: an image cannot be read.
     """
     if held_out is not None:
-        _check_share(held_out)
         data = split_set(data, held_out)[1]
     drawn: dict[Record, list[tuple[Record, tuple[str, ...]]]] = defaultdict(list)
     for sketch, photo, names in data.pairs():
@@ -351,7 +350,6 @@ def segmentation(
     """
     check_count("queries", queries)
     if held_out is not None:
-        _check_share(held_out)
         data, sketches = split_set(data, held_out)[1], split_sketches(sketches, held_out)[1]
     photos = [record for record in data.photos if record.mask is not None]
     labels = {record.label for record in photos}
@@ -428,11 +426,6 @@ def _ious(cosines: Tensor, truth: Tensor) -> Tensor:
 
 
 # ---- shared
-
-
-def _check_share(held_out: float) -> None:
-    if not 0 < held_out < 1:
-        raise ConfigError("held_out", f"is {held_out}", legal="a share between 0 and 1")
 
 
 def _pooled(extractor: Extractor, records: Sequence[Record]) -> dict[str, Tensor]:

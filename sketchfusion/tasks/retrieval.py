@@ -206,7 +206,7 @@ def _ranked(queries: Tensor, gallery: Tensor, block_bytes: int) -> Iterator[tupl
     for name, vectors in (("queries", queries), ("gallery", gallery)):
         if vectors.ndim != 2 or not len(vectors):
             raise SketchFusionError(f"{name} have shape {tuple(vectors.shape)}, not (count, D) with a count above 0")
-        if not vectors.float().norm(dim=1).isfinite().all():
+        if not vectors.float().norm(dim=1).isfinite().all():  # of all values it takes torch ten times as long
             raise SketchFusionError(f"{name} hold values that are not finite: nothing can be ranked by them")
     if queries.shape[1] != gallery.shape[1]:
         raise SketchFusionError(f"queries are {queries.shape[1]} wide and the gallery is {gallery.shape[1]}")
