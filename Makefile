@@ -1,5 +1,5 @@
-# Two commands: `make encode` extracts features of a real sketch with the bundled model, `make test` runs every check.
-# Each makes its own virtual environment, installs into it and runs.
+# Two commands: `make encode` extracts features of a drawing and a photo with the bundled model, `make test` runs every
+# check. They share one virtual environment, which whichever comes first makes.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin

@@ -15,7 +15,7 @@ license: {license}
 tags: [sketch, image-feature-extraction, stable-diffusion, clip]{base_model}
 ---
 
-# SketchFusion checkpoint
+# {title}
 
 Adapters and aggregator of [SketchFusion](https://arxiv.org/abs/2503.14129): one extractor of dense and pooled
 features for sketches and photos.
@@ -54,6 +54,7 @@ def render(config: Config, name: str | None = None) -> str:
         timestep=config.timestep,
         width=config.aggregator_width,
         grid=config.aggregator_grid,
+        title=name or "SketchFusion checkpoint",
         name=name or "path/or/repository",
     )
 

@@ -32,6 +32,7 @@ app = typer.Typer(
     name="sketchfusion",
     help="Universal features for sketches and photos.",
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it takes "[default: 0.2]" for markup, and leaves it out
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -118,10 +119,10 @@ def encode(
 ) -> None:
     """Turn images, and all images in folders, into pooled and dense features.
 
-    The file, which `Features.load` reads, holds `pooled` (N, D) and `dense` (N, D, h, w), and the images' paths in its
-    metadata; it is made in memory, where a dense map takes 1 MB with the bundled model and 18 MB at full size. `--json`
-    prints a list of objects, one an image: `path`, `pooled` and `dense` (their shapes) and `norm` (of the pooled
-    vector). Among several images the good ones are written, each bad one gets a line on stderr, and the exit code is 2.
+    The file, which `Features.load` reads, holds `pooled` (N, D), `dense` (N, D, h, w) and the images' paths; it is made
+    in memory, where a dense map takes 1 MB with the bundled model and 18 MB at full size. `--json` prints a list of
+    objects, one an image: `path`, `pooled` and `dense` (their shapes) and `norm` (of the pooled vector). Among several
+    images the good ones are written, each bad one gets a line on stderr, and the exit code is 2.
     """
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError("--out", f"the folder {out.parent} does not exist", legal="a file in a folder that does")
@@ -501,8 +502,10 @@ def evaluate(
         str | None,
         typer.Option(help="Comma-separated; other encoders by repository or folder. [default: the built-in ones]"),
     ] = None,
-    convention: Annotated[str | None, typer.Option(help="Retrieval: zse, sake or sem-pcyc.")] = None,
-    gallery: Annotated[str | None, typer.Option(help="fg-sbir: photos of all classes, or of the own class.")] = None,
+    convention: Annotated[str | None, typer.Option(help="Retrieval: zse, sake or sem-pcyc. [default: zse]")] = None,
+    gallery: Annotated[
+        str | None, typer.Option(help="fg-sbir: all, or class, photos of the sketch's own. [default: all]")
+    ] = None,
     photos: Annotated[str | None, typer.Option(help="zs-sbir: another set with the photos.")] = None,
     photos_root: Annotated[Path | None, typer.Option(help="zs-sbir: its folder.")] = None,
     test_root: Annotated[Path | None, typer.Option(help="recognition: fit to all of root, test on this.")] = None,

@@ -72,6 +72,13 @@ class Features:
         dense = None if self.dense is None else self.dense[rows]
         return Features(pooled, dense, geometry, paths, self.model)
 
+    def __iter__(self) -> Iterator[Features]:
+        """The single images, as views. A gradient through all of them costs what one through the batch does."""
+        parts = (self.pooled, self.dense)
+        pooled, dense = ([None] * len(self) if p is None else p.unbind() if isinstance(p, Tensor) else p for p in parts)
+        for i in range(len(self)):
+            yield Features(pooled[i], dense[i], self.geometry.image(i), self.paths and [self.paths[i]], self.model)
+
     def _rows(self, index: Sequence | Tensor | np.ndarray) -> list[int]:
         count, chosen = len(self), np.asarray(index.cpu() if isinstance(index, Tensor) else index)
         if chosen.dtype == bool:
@@ -132,9 +139,6 @@ class Features:
     def __bool__(self) -> bool:
         """Whether there is an image: a batch can be empty."""
         return isinstance(self.geometry.width, int) or len(self) > 0
-
-    def __iter__(self) -> Iterator[Features]:
-        return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         def shown(value: Tensor | np.ndarray | None) -> str:

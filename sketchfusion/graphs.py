@@ -71,7 +71,8 @@ class Graphs:
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, Captured | None] = OrderedDict()  # None: seen once
         self._refused: set[Hashable] = set()
-        self._place: Any = None  # the stream that is captured, and the pool: free memory belongs to its stream
+        self._stream: Any = None  # that is captured: free memory belongs to its stream, and so do libraries' workspaces
+        self._pool: Any = None
         self._last: Any = None  # the event behind the last use of the pool
         self._broken: Any = None  # a capture that torch does not recover from: the last one
 
@@ -137,16 +138,17 @@ class Graphs:
         # In this thread: its libraries' handles are not made inside of the capture.
         with torch.compiler.set_stance("force_eager"), OnDevice(device):
             answer = function(*held)
-        if self._place is None:
-            self._place = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        stream, pool = self._place
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may allocate, pinned memory for example, while this one captures. A capture that fails
             # leaves its stream current, which the outer context mends.
             with (
                 torch.cuda.stream(torch.cuda.current_stream(device)),
-                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 outputs = function(*held)
         except torch.OutOfMemoryError:
@@ -174,4 +176,4 @@ class Graphs:
         for _ in range(count):
             self._known.popitem(last=False)
         if not any(self._known.values()):
-            self._place = None  # a pool without a graph is gone
+            self._pool = None  # a pool without a graph is gone

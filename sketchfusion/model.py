@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -131,7 +131,8 @@ class SketchFusion(nn.Module):
         """
         # A weight's version does not tell whether it is still the same: fused optimisers do not count it up.
         parameters = [parameter.detach() for parameter in self.trainable_parameters()]
-        weights = tuple(torch.stack([part for p in parameters for part in (p.sum(), p.norm())]).tolist())
+        norms = [norm for order in (1, 2) for norm in torch._foreach_norm(parameters, order)]
+        weights = tuple(torch.stack(norms).tolist())
         if self._fingerprint is None or self._fingerprint[0] != weights:
             config = self.config.to_dict()
             for name in REPLACEABLE:
@@ -535,25 +536,38 @@ class SketchFusion(nn.Module):
         parts = [part if asked else None for part, asked in zip(maps, (options.pooled, options.dense), strict=True)]
         if options.normalize:
             parts = [None if part is None else F.normalize(part, dim=1) for part in parts]
-        if not single:
-            parts = [None if part is None else part.to("cpu", non_blocking=cuda) for part in parts]
-        finite = finite.to("cpu", non_blocking=cuda)
-        done = torch.cuda.current_stream(self.device).record_event() if cuda else None
+        (sound, *copies), done = self._to_host([finite] if single else [finite, *parts])
 
         @torch.inference_mode(False)
         def finish() -> Features:
             if done is not None:
                 done.synchronize()
-            if not finite:
+            if not sound:
                 raise SketchFusionError(
                     f"the features are not finite: {self.dtype} overflowed; load with dtype='bfloat16' or 'float32'"
                 )
-            pooled, dense = parts
+            pooled, dense = parts if single else copies
             if cuda and not single:  # they lie in pinned memory, of which there is little
-                pooled, dense = (None if part is None else part.clone() for part in parts)
+                pooled, dense = (None if part is None else part.clone() for part in copies)
             return Features(pooled, dense, geometry, paths if len(paths) == len(items) else None)
 
         return finish
+
+    def _to_host(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], torch.cuda.Event | None]:
+        """Contiguous copies in host memory; on CUDA they are there after the event, made beside the next batch."""
+
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.to("cpu", memory_format=torch.contiguous_format, non_blocking=self.device.type == "cuda")
+
+        if self.device.type != "cuda":
+            return [None if tensor is None else copied(tensor) for tensor in tensors], None
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.record_stream(stream)  # its memory is not another's before it is copied
+            return [None if tensor is None else copied(tensor) for tensor in tensors], stream.record_event()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -563,7 +577,7 @@ class SketchFusion(nn.Module):
         def compute(pixels: Tensor, geometry: Tensor) -> tuple[Tensor, ...]:
             latents, tokens = self.embed(pixels)
             features = self.aggregate(self.tap(latents, tokens, ensemble=ensemble, rows=rows), Geometry(*geometry))
-            return features.pooled, features.dense, features.dense.isfinite().all()
+            return features.pooled, features.dense, features.dense.amax((-2, -1)).isfinite().all()
 
         places = torch.stack([torch.as_tensor(field) for field in geometry])
         # Autocast keeps copies of weights, and gives them up at its end.

@@ -170,6 +170,7 @@ def test_info(run: Run) -> None:
 def test_version_and_help(run: Run) -> None:
     assert run("--version").stdout.strip() == __version__
     assert "encode" in run("--help").stdout
+    assert "[default: 0.2]" in run("evaluate", "--help").stdout
 
 
 @pytest.mark.parametrize("code", ["import sketchfusion", "import sketchfusion.cli"])

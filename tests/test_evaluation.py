@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import nn
+from transformers import Dinov2Config, Dinov2Model
 
 from sketchfusion import ConfigError, Features, ImageError, LoadError, SketchFusion, SketchFusionError
 from sketchfusion.data import DataError, DataSet, Record, limited
@@ -20,6 +22,7 @@ from sketchfusion.evaluation import PROTOCOLS, ROWS, Extractor, evaluate
 from sketchfusion.evaluation.protocols import (
     THRESHOLDS,
     Result,
+    _averaged,
     _ious,
     correspondence,
     fg_sbir,
@@ -175,6 +178,23 @@ def test_other_encoders_see_their_own_normalisation(
         Extractor(model, [str(other)])
 
 
+def test_other_encoders_give_what_their_publishers_take(
+    model: SketchFusion, images: list[np.ndarray], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    network = Dinov2Model(Dinov2Config(**sizes)).eval()
+    nn.init.normal_(network.layernorm.weight)
+    network.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    found = by_row(Extractor(model, [str(tmp_path)]), images)[str(tmp_path)].dense
+    pixels = torch.stack([model.preprocess(image)[0] for image in images])
+    seen = F.interpolate(pixels, size=(32, 32), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        tokens = network(seen).last_hidden_state[:, 1:]  # after its norm, without CLS
+    assert close(found.flatten(2).transpose(1, 2), F.normalize(tokens, dim=2))
+
+
 def test_an_encoder_whose_patches_leave_a_rest_sees_whole_patches(
     model: SketchFusion, images: list[np.ndarray], backbones: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -265,7 +285,8 @@ def test_category_retrieval_by_hand() -> None:
     assert (result.figures["queries"], result.figures["gallery"]) == (3, 4)
     row = result.to_dict()
     assert {"row", "task", "data", "split", "model", "fingerprint", "dtype", "ensemble", "size", "queries", "gallery",
-            "map_all", "map_200", "p_200", "p_100", "acc_1", "acc_5", "convention", "ties"} == row.keys()  # fmt: skip
+            "map_all", "map_200", "p_200", "p_100", "acc_1", "acc_5", "convention", "ties", "independent",
+            } == row.keys()  # fmt: skip
     assert (row["convention"], row["model"], row["split"]) == ("zse", "by hand", "made by hand")
     assert (row["dtype"], row["ensemble"], row["size"]) == ("float32", 1, 8)
     found = {example.query.path: [(photo.path, right) for photo, right in example.found] for example in result.examples}
@@ -306,6 +327,43 @@ def test_within_classes_means_are_over_what_the_convention_says() -> None:
     )
     assert over_queries["acc_1"] == pytest.approx(4 / 5)
     assert over_photos["acc_1"] == pytest.approx(2 / 3)
+
+
+def test_standard_errors_take_what_belongs_together_as_one() -> None:
+    random = np.random.default_rng(0)
+    fused, other = torch.from_numpy(random.random((2, 12, 1)))
+    by_itself = [str(i) for i in range(12)]
+    rows = _averaged({"other": other, "fused": fused}, ["acc_1"], [1.0] * 12, by_itself)
+    difference = (fused - other)[:, 0].numpy()
+    assert rows["fused"].keys() == {"acc_1", "independent"}
+    assert rows["other"]["fused_ahead"]["acc_1"] == {
+        "mean": pytest.approx(rows["fused"]["acc_1"] - rows["other"]["acc_1"]),
+        "standard_error": pytest.approx(difference.std(ddof=1) / 12**0.5),
+    }
+
+    def error(weights: list[float], groups: list[str]) -> tuple[float, int]:
+        found = _averaged({"other": other, "fused": fused}, ["acc_1"], weights, groups)["other"]
+        return found["fused_ahead"]["acc_1"]["standard_error"], found["independent"]
+
+    of_three = difference.reshape(4, 3).mean(1)  # groups of one size: as if only their means were there
+    found, count = error([1.0] * 12, [str(i // 3) for i in range(12)])
+    assert (found, count) == (pytest.approx(of_three.std(ddof=1) / 4**0.5), 4)
+    # Groups of 1, 2, 3 and 6, each of which counts as much as another.
+    sizes = [1, 2, 3, 6]
+    groups = [str(i) for i, size in enumerate(sizes) for _ in range(size)]
+    means = np.array([part.mean() for part in np.split(difference, np.cumsum(sizes)[:-1])])
+    found, count = error([1 / size for size in sizes for _ in range(size)], groups)
+    assert (found, count) == (pytest.approx(means.std(ddof=1) / 4**0.5), 4)
+    assert error([1.0] * 12, ["one"] * 12) == (None, 1)
+    assert "fused_ahead" not in _averaged({"other": other}, ["acc_1"], [1.0] * 12, by_itself)["other"]
+
+
+@pytest.mark.parametrize(("convention", "independent"), [("zse", 3), ("sake", 2)])
+def test_what_was_drawn_from_one_photo_counts_as_one(convention: str, independent: int) -> None:
+    again = record("s4", "b", "b/1")  # like s3
+    data = collection(*RETRIEVED.records, again)
+    (result,) = zs_sbir(Made(lambda r: angle(ANGLES.get(r.path, 18))), data, convention=convention)  # type: ignore[arg-type]
+    assert (result.figures["queries"], result.figures["independent"]) == (4, independent)
 
 
 def test_recognition_fits_to_one_side_and_tests_on_the_other() -> None:
@@ -359,7 +417,7 @@ def test_correspondence_by_hand(paired: DataSet) -> None:
     extractor: Any = Made(one_hot, batch=2)
     found, lazy = correspondence(extractor, paired)
     assert (found.row, lazy.row) == ("made", "same-position")
-    assert {**found.figures} == {"pairs": 3, "points": 5, "pck_5": 1.0, "pck_10": 1.0}
+    assert {**found.figures} == {"pairs": 3, "points": 5, "pck_5": 1.0, "pck_10": 1.0, "independent": 2}
     # A tenth of 8 pixels is 0.8, and the points are a pixel apart or more.
     assert (lazy.figures["pck_5"], lazy.figures["pck_10"]) == (0.0, 0.0)
     assert [one.path for one in extractor.seen] == ["p1", "s1", "s2", "p2", "s3"]  # one photo after the other
@@ -655,7 +713,12 @@ def test_every_protocol_prints_json_and_a_report(
         assert set(PROMISED[task].split()) <= row.keys()
         assert all(0 <= row[name] <= 1 for name in METRICS[task] if name != "threshold_best")
         assert row.items() >= COUNTS[task].items()
+        if row["row"] != "fused":
+            for name, ahead in row["fused_ahead"].items():
+                assert ahead["mean"] == pytest.approx(rows[-1 - len(blind)][name] - row[name])
+                assert ahead["standard_error"] >= 0
     report = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert f"counts as one ({rows[0]['independent']} in all)" in report
     assert json.loads((tmp_path / "report" / "results.json").read_text()) == rows
     figures = {"rows.png", "examples.png"} if task.endswith("sbir") else {"rows.png"}
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.md", "results.json"} | figures
@@ -685,7 +748,11 @@ def test_the_command_in_a_process_of_its_own_shows_a_table(trees: Path, checkpoi
         "mAP@all",
     ):
         assert said in ours
-    assert [line.split()[0] for line in ours.splitlines()[4:] if line] == ["row", "semantic", "fused"]
+    rows, lead = ours.split("How far fused is ahead, ± standard error, for which what belongs to one id counts as one")
+    assert [line.split()[0] for line in rows.splitlines()[4:] if line] == ["row", "semantic", "fused"]
+    title, line = (line.split() for line in lead.splitlines()[1:] if line)
+    assert title == ["row", "mAP@all", "mAP@200", "P@200", "P@100", "Acc@1", "Acc@5"]
+    assert (line[0], line.count("±")) == ("semantic", 6)
     assert "B-SD+CLIP" in theirs
 
 

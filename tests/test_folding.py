@@ -148,12 +148,12 @@ def test_gradients_through_the_folded_unet_are_those_of_the_plain_one(checkpoint
     assert relative_error(*gradients) < 1e-12
 
 
-def test_keys_and_values_are_expanded_over_the_batch_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    strides: list[int] = []
+def test_a_batch_attends_to_one_copy_of_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[torch.Size] = []
     attend = F.scaled_dot_product_attention
 
     def watched(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        strides.extend((key.stride(0), value.stride(0)))
+        shapes.extend((key.shape, value.shape))
         return attend(query, key, value)
 
     attention = Attention(query_dim=16, cross_attention_dim=24, heads=4, dim_head=4).double()
@@ -161,7 +161,7 @@ def test_keys_and_values_are_expanded_over_the_batch_and_not_copied(monkeypatch:
     expected = attention(tokens, encoder_hidden_states=prompt.expand(3, -1, -1))
     monkeypatch.setattr("sketchfusion.backbones.folding.F.scaled_dot_product_attention", watched)
     assert relative_error(FoldedCrossAttention(attention, prompt)(tokens), expected) < 1e-12
-    assert strides == [0, 0]
+    assert shapes == [(1, 4, 7, 4)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

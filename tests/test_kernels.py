@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sketchfusion import kernels
+from sketchfusion.fusion.aggregation import Aggregator
 from sketchfusion.kernels import group_norm, injection
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
@@ -28,7 +29,9 @@ runs_kernels = pytest.mark.skipif(
     not kernels.INTERPRETED and not (CUDA and kernels.TRITON),
     reason="no CUDA with Triton; test_under_the_interpreter runs it on the CPU",
 )
-needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA: Triton's interpreter is neither traced nor captured")
+needs_cuda = pytest.mark.skipif(
+    not (CUDA and kernels.TRITON), reason="needs CUDA with Triton: its interpreter is neither traced nor captured"
+)
 few = settings(max_examples=10, deadline=None)  # the interpreter is slow
 sides = st.integers(1, 9)
 dtypes = st.sampled_from(kernels.DTYPES)
@@ -186,6 +189,21 @@ def test_gradients_of_group_norm(dtype: torch.dtype, silu: bool) -> None:
     for one, other in zip(found, expected, strict=True):
         bound = float(8 * torch.finfo(dtype).eps * other.abs().max())
         torch.testing.assert_close(one.double(), other, rtol=0, atol=max(bound, 1e-5))
+
+
+@runs_kernels
+def test_the_aggregators_maps_stay_channels_last() -> None:
+    torch.manual_seed(0)
+    aggregator = Aggregator({"up0": 8, "up1": 16}, width=16, grid=6, groups=4).to(DEVICE)
+    maps = {"up0": draw(0, (2, 8, 3, 3), torch.float32, "channels_last")}
+    maps["up1"] = draw(1, (2, 16, 8, 8), torch.float32, "channels_last")
+    with patch.object(group_norm, "fused", wraps=group_norm.fused) as fused, torch.no_grad():
+        dense = aggregator(maps)
+    assert fused.call_count == 7  # three a bottleneck, and one where the width changes
+    assert dense.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = aggregator({tap: found.double() for tap, found in maps.items()})
+    torch.testing.assert_close(dense.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @runs_kernels

@@ -82,11 +82,10 @@ class FoldedCrossAttention(nn.Module):
 
     def forward(self, hidden: Tensor, **_: Any) -> Tensor:
         """Tokens (N, T, C) -> (N, T, C). What a block passes besides, the prompt and a mask, is folded or None."""
-        query = self.to_q(hidden).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        # Expanded over the batch, not copied: the attention kernels read any stride but the last.
-        key, value = (constant.expand(len(hidden), -1, -1, -1) for constant in (self.key, self.value))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+        # All images' tokens are one sequence, since all of them attend to the same prompt.
+        query = self.to_q(hidden.flatten(0, 1)).unflatten(1, (self.heads, -1)).transpose(0, 1)
+        attended = F.scaled_dot_product_attention(query[None], self.key[None], self.value[None])[0]
+        return self.to_out[0](attended.transpose(0, 1).reshape(hidden.shape))
 
 
 @torch.no_grad()

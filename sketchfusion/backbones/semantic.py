@@ -23,23 +23,25 @@ PREPROCESSOR = "preprocessor_config.json"
 
 
 class SemanticBackbone(Frozen):
-    """Frozen vision transformer: image -> the patch tokens of `hidden_states[-1]`, before the last norm.
+    """Frozen vision transformer: image -> the patch tokens of its last layer.
 
     Args:
         model: a transformers vision model.
         image_size: side of the canvas it sees, pixels; patches of the model's `patch_size` tile it.
         mean, std: pixels in [0, 1] become (pixels - mean) / std.
+        published: the tokens are `last_hidden_state`, as who published the model takes them, which DINOv2 and SigLIP
+            give after a last norm; otherwise `hidden_states[-1]`, before it. For CLIP both are the same.
 
     Raises:
         ConfigError: `image_size` is no multiple of the patch size.
     """
 
-    def __init__(self, model: Any, *, image_size: int, mean: Triple, std: Triple):
+    def __init__(self, model: Any, *, image_size: int, mean: Triple, std: Triple, published: bool = False):
         super().__init__(mean, std)
         patch = model.config.patch_size
         if image_size % patch:
             raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
-        self.model, self.image_size, self.grid = model, image_size, image_size // patch
+        self.model, self.image_size, self.grid, self.published = model, image_size, image_size // patch, published
         # Models that do not adapt their positions to the canvas by themselves take a keyword for it.
         adapts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         native = getattr(model.config, "image_size", image_size) == image_size
@@ -62,7 +64,8 @@ class SemanticBackbone(Frozen):
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         inputs = self.normalized(pixels).to(self.dtype)
-        hidden = self.model(inputs, output_hidden_states=True, **self._arguments).hidden_states[-1]
+        outputs = self.model(inputs, output_hidden_states=True, **self._arguments)
+        hidden = outputs.last_hidden_state if self.published else outputs.hidden_states[-1]
         if hidden.shape[1] < self.grid**2:
             raise LoadError(
                 f"{type(self.model).__name__} returns {hidden.shape[1]} tokens for {self.grid}×{self.grid} patches: "

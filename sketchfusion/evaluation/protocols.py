@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from ..data.splits import check_share, split_set, split_sketches
 from ..errors import ConfigError, SketchFusionError
 from ..features import Features
 from ..tasks.correspondence import match, pck
-from ..tasks.recognition import accuracy, fit_linear
-from ..tasks.retrieval import CONVENTIONS, TIES, rank_metrics, search
+from ..tasks.recognition import fit_linear
+from ..tasks.retrieval import CONVENTIONS, FIGURES, TIES, score, search
 from ..tasks.segmentation import THRESHOLD, check_mask, mask_iou, pixel_accuracy, predict, similarity
 from .rows import Extractor
 
@@ -48,7 +48,8 @@ class Result:
         dtype: that the backbones computed in.
         ensemble: noised copies an image.
         size: side of the canvas, pixels.
-        figures: counts, settings and metrics by name; shares are 0 to 1.
+        figures: counts, settings and metrics by name; shares are 0 to 1. `fused_ahead` is by how much the row `fused`
+            is above this one, with standard errors, where it is among the rows.
         ties: the rule for equal similarities, where something is ranked.
         examples: some queries and what they found, where something is retrieved.
     """
@@ -142,22 +143,19 @@ def fg_sbir(
     return _retrieval("fg-sbir", extractor, data, data.photos, lambda record: str(record.photo), measure, convention)
 
 
-def ranked(queries: Side, gallery: Side, convention: str) -> dict[str, Any]:
-    """The metrics of all queries against the whole gallery."""
-    return rank_metrics(queries.vectors, gallery.vectors, queries.ids, gallery.ids, convention=convention)
+def ranked(queries: Side, gallery: Side, convention: str) -> Tensor:
+    """The FIGURES of each query against the whole gallery."""
+    return score(queries.vectors, gallery.vectors, queries.ids, gallery.ids, convention=convention)
 
 
-def ranked_within_classes(queries: Side, gallery: Side, convention: str) -> dict[str, Any]:
-    """The same with only a query's own class for its gallery; `gallery` counts the photos of all classes."""
-    total: dict[str, Any] = {}
-    for label in dict.fromkeys(record.label for record in queries.records):
-        ours = queries.of(label)
-        figures = ranked(ours, gallery.of(label), convention)
-        # A class counts by what its own mean is over: queries, or in SAKE's convention ids.
-        share = len(set(ours.ids)) / len(set(queries.ids)) if convention == "sake" else len(ours.ids) / len(queries.ids)
-        for name, value in figures.items():
-            total[name] = total.get(name, 0.0) + share * value if isinstance(value, float) else value
-    return total | {"queries": len(queries.ids), "gallery": len(gallery.ids), "gallery_of": "class"}
+def ranked_within_classes(queries: Side, gallery: Side, convention: str) -> Tensor:
+    """The same with only a query's own class for its gallery."""
+    labels = [record.label for record in queries.records]
+    scores = torch.empty(len(labels), len(FIGURES), dtype=torch.float64)
+    for label in set(labels):
+        ours = torch.tensor([one == label for one in labels])
+        scores[ours] = ranked(queries.of(label), gallery.of(label), convention)
+    return scores
 
 
 GALLERIES = {"all": ranked, "class": ranked_within_classes}
@@ -169,7 +167,7 @@ def _retrieval(
     data: DataSet,
     photos: Sequence[Record],
     id_of: Callable[[Record], str],
-    measure: Callable[[Side, Side, str], dict[str, Any]],
+    measure: Callable[[Side, Side, str], Tensor],
     convention: str,
 ) -> list[Result]:
     if convention not in CONVENTIONS:  # said before anything is encoded
@@ -181,15 +179,32 @@ def _retrieval(
         raise DataError(
             f"{data.name} ({data.split}): every photo is right for every sketch, so nothing can be measured"
         )
-    results = []
+    if convention == "sake":  # the queries of an id count as one
+        often = Counter(query_ids)
+        weights, groups = [1 / often[one] for one in query_ids], query_ids
+    else:
+        weights, groups = [1.0] * len(sketches), [_source(sketch) for sketch in sketches]
+    scores, examples = {}, {}
     for row, vectors in _pooled(extractor, [*sketches, *photos]).items():
         vectors = vectors.to(extractor.model.device)
         queries = Side(sketches, query_ids, vectors[: len(sketches)])
         gallery = Side(photos, gallery_ids, vectors[len(sketches) :])
-        figures = measure(queries, gallery, convention)
+        scores[row] = measure(queries, gallery, convention)
         among = gallery.of if measure is ranked_within_classes else lambda _, whole=gallery: whole
-        results.append(_result(task, row, extractor, data, figures, TIES, _examples(queries, among)))
-    return results
+        examples[row] = _examples(queries, among)
+    rest = {"convention": convention} | ({"gallery_of": "class"} if measure is ranked_within_classes else {})
+    return [
+        _result(
+            task,
+            row,
+            extractor,
+            data,
+            {"queries": len(sketches), "gallery": len(photos)} | figures | rest,
+            TIES,
+            examples[row],
+        )
+        for row, figures in _averaged(scores, FIGURES, weights, groups).items()
+    ]
 
 
 def _examples(queries: Side, among: Callable[[str | None], Side]) -> tuple[Example, ...]:
@@ -245,14 +260,14 @@ def recognition(
     index = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([index[str(record.label)] for record in (*fitted, *tested)])
     count = len(fitted)
-    results = []
+    scores = {}
     for row, vectors in _pooled(extractor, [*fitted, *tested]).items():
         vectors, labels = vectors.to(extractor.model.device), labels.to(extractor.model.device)
         head = fit_linear(vectors[:count], labels[:count], len(classes))
-        acc_1 = accuracy(head(vectors[count:]), labels[count:])
-        figures = {"train": count, "test": len(tested), "classes": len(classes), "acc_1": acc_1}
-        results.append(_result("recognition", row, extractor, data, figures))
-    return results
+        scores[row] = (head(vectors[count:]).argmax(1) == labels[count:]).double().cpu()[:, None]
+    counts = {"train": count, "test": len(tested), "classes": len(classes)}
+    averaged = _averaged(scores, ("acc_1",), [1.0] * len(tested), [_source(record) for record in tested])
+    return [_result("recognition", row, extractor, data, counts | figures) for row, figures in averaged.items()]
 
 
 # ---- correspondence
@@ -288,6 +303,7 @@ def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | Non
     for photo, sketches in drawn.items():
         queue += [(photo, photo, ()), *((sketch, photo, names) for sketch, names in sketches)]
     hits: dict[str, list[Tensor]] = {row: [] for row in (*extractor.rows, SAME_POSITION)}
+    sources: list[str] = []  # of each point
     targets: dict[str, Features] = {}
     for start, row, batch in extractor.stream([record for record, _, _ in queue]):
         for (record, photo, names), features in zip(queue[start : start + len(batch)], batch, strict=True):
@@ -304,13 +320,11 @@ def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | Non
             hits[row].append(_hits(found, truth, side))
             if row == extractor.rows[0]:
                 hits[SAME_POSITION].append(_hits(points / source * target, truth, side))
-    results = []
-    for row, parts in hits.items():
-        within = torch.cat(parts).double().mean(0).tolist()
-        figures = {"pairs": len(parts), "points": sum(len(part) for part in parts)}
-        figures |= dict(zip(("pck_5", "pck_10"), within, strict=True))
-        results.append(_result("correspondence", row, extractor, data, figures))
-    return results
+                sources += [_source(record)] * len(points)
+    counts = {"pairs": len(hits[SAME_POSITION]), "points": len(sources)}
+    scores = {row: torch.cat(parts).double() for row, parts in hits.items()}
+    averaged = _averaged(scores, ("pck_5", "pck_10"), [1.0] * len(sources), sources)
+    return [_result("correspondence", row, extractor, data, counts | figures) for row, figures in averaged.items()]
 
 
 def _positions(record: Record, names: tuple[str, ...]) -> Tensor:
@@ -377,11 +391,12 @@ def segmentation(
                 everything = torch.ones_like(truth)
                 scores[WHOLE_PHOTO].append((mask_iou(everything, truth), pixel_accuracy(everything, truth)))
                 curves[WHOLE_PHOTO] += _ious(everything.float(), truth)
+    tables = {row: torch.tensor(pairs, dtype=torch.float64) for row, pairs in scores.items()}
+    averaged = _averaged(tables, ("miou", "pacc"), [1.0] * len(photos), [photo.path for photo in photos])
     results = []
     for row in rows:
-        ious, accuracies = zip(*scores[row], strict=True)
         by_class = defaultdict(list)
-        for photo, iou in zip(photos, ious, strict=True):
+        for photo, (iou, _) in zip(photos, scores[row], strict=True):
             by_class[str(photo.label)].append(iou)
         best, at = (curves[row] / len(photos)).max(0)
         figures = {
@@ -389,8 +404,7 @@ def segmentation(
             "sketches": len(used),
             "queries": queries * len(photos),
             "threshold": THRESHOLD,
-            "miou": fmean(ious),
-            "pacc": fmean(accuracies),
+            **averaged[row],
             "miou_best": float(best),
             "threshold_best": round(float(THRESHOLDS[at]), 3),
             "miou_by_class": {label: fmean(values) for label, values in sorted(by_class.items())},
@@ -434,6 +448,47 @@ def _pooled(extractor: Extractor, records: Sequence[Record]) -> dict[str, Tensor
     for _, row, features in extractor.stream(records):
         parts[row].append(features.pooled.cpu())
     return {row: torch.cat(part) for row, part in parts.items()}
+
+
+def _source(record: Record) -> str:
+    """What was drawn from one photo is not independent."""
+    return record.photo or record.path
+
+
+def _averaged(
+    scores: Mapping[str, Tensor], names: Sequence[str], weights: Sequence[float], groups: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The metrics of each row, and how far `fused` is ahead of it.
+
+    Standard errors are of the weighted mean of the differences, line by line, and take the lines of a group as one:
+    clustered, linearised, with the factor G / (G - 1) of G groups. A single group has none.
+
+    Args:
+        scores: of each row (n, F) in float64, a line for each query, point or photo.
+        names: of the F metrics, which are means of the lines.
+        weights: of the n lines. groups: what each belongs to.
+    """
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    members, count = torch.tensor([number[group] for group in groups]), len(number)
+    counts = torch.tensor(weights, dtype=torch.float64)[:, None]
+
+    def average(values: Tensor) -> Tensor:
+        return (counts * values).sum(0) / counts.sum()  # of ones exactly 1
+
+    def estimate(values: Tensor) -> dict[str, dict[str, float | None]]:
+        mean = average(values)
+        sums = torch.zeros(count, len(names), dtype=torch.float64)
+        sums.index_add_(0, members, counts / counts.sum() * (values - mean))
+        errors = (sums.square().sum(0) * count / (count - 1)).sqrt().tolist() if count > 1 else [None] * len(names)
+        parts = zip(names, mean.tolist(), errors, strict=True)
+        return {name: {"mean": value, "standard_error": error} for name, value, error in parts}
+
+    averaged: dict[str, dict[str, Any]] = {}
+    for row, values in scores.items():
+        averaged[row] = dict(zip(names, average(values).tolist(), strict=True)) | {"independent": count}
+        if row != "fused" and "fused" in scores:
+            averaged[row]["fused_ahead"] = estimate(scores["fused"] - values)
+    return averaged
 
 
 def _check_classes(data: DataSet, sides: dict[str, Sequence[Record]]) -> None:

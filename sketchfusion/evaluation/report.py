@@ -102,6 +102,8 @@ def text(results: Sequence[Result]) -> str:
     """Header, rows, and beneath them the paper's rows, in columns for a terminal."""
     paper = paper_of(results[0])
     parts = ["\n".join(header(results[0])), columns(table(results))]
+    if lead := ahead(results):
+        parts.append(f"{lead_title(results[0])}\n" + columns(lead))
     if classes := by_class(results):
         parts.append("mIoU by class\n" + columns(classes))
     cells = [["row", *(TITLES[name] for name in paper.metrics)]]
@@ -166,6 +168,8 @@ def markdown(results: Sequence[Result], featured: Result) -> str:
         "\n".join(f"- `{one.row}`: {meanings.get(one.row, 'another encoder, its patch tokens')}" for one in results),
         "Rows that lack something lack it at test time: there is one trained model.",
     ]
+    if lead := ahead(results):
+        parts += [f"{lead_title(first)}:", pipes(lead)]
     if classes := by_class(results):
         parts += ["mIoU by class:", pipes(classes)]
     parts += [
@@ -209,6 +213,26 @@ def table(results: Sequence[Result]) -> list[list[str]]:
     return [["row", *(TITLES[name] for name in names)]] + [
         [result.row, *(shown(result.figures[name]) for name in names)] for result in results
     ]
+
+
+def ahead(results: Sequence[Result]) -> list[list[str]]:
+    """How far `fused` is ahead of each other row; nothing where it is not among them, or alone."""
+    found = {result.row: result.figures["fused_ahead"] for result in results if "fused_ahead" in result.figures}
+    names = [name for name in METRICS[results[0].task] if all(name in figures for figures in found.values())]
+    lines = [[row, *(_plus_minus(**figures[name]) for name in names)] for row, figures in found.items()]
+    return [["row", *(TITLES[name] for name in names)], *lines] if lines else []
+
+
+def lead_title(result: Result) -> str:
+    one = "id" if result.figures.get("convention") == "sake" else "photo"
+    return (
+        f"How far fused is ahead, ± standard error, for which what belongs to one {one} counts as one "
+        f"({result.figures['independent']} in all)"
+    )
+
+
+def _plus_minus(mean: float, standard_error: float | None) -> str:
+    return f"{mean:.3f}" if standard_error is None else f"{mean:.3f} ± {standard_error:.3f}"
 
 
 def by_class(results: Sequence[Result]) -> list[list[str]]:

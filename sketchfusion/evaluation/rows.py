@@ -192,7 +192,7 @@ def mean_pooled(dense: Tensor, geometry: Geometry) -> Features:
 
 
 def load_encoder(source: str, device: torch.device, dtype: torch.dtype) -> SemanticBackbone:
-    """A vision transformer that transformers knows, seeing what it was published to see.
+    """A vision transformer that transformers knows, seeing what it was published to see, giving what it gives.
 
     Args:
         source: a folder in transformers' layout, or a Hub repository.
@@ -211,4 +211,4 @@ def load_encoder(source: str, device: torch.device, dtype: torch.dtype) -> Seman
         raise LoadError(f"{source} lacks {missing}: the row would mean nothing")
     whole = size // network.config.patch_size * network.config.patch_size  # some have a rest that no patch covers
     mean, std = normalisation
-    return SemanticBackbone(network, image_size=whole, mean=mean, std=std).to(device)
+    return SemanticBackbone(network, image_size=whole, mean=mean, std=std, published=True).to(device)

@@ -55,12 +55,12 @@ class Correspondence(nn.Module):
 
     def loss(self, features: Features, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
         sources, targets, errors = [], [], []
-        for i in range(0, len(samples), 2):
-            ours, theirs = samples[i].points, samples[i + 1].points
+        images = zip(samples, features, strict=True)
+        for (sample, sketch), (other, photo) in zip(images, images, strict=True):
+            ours, theirs = sample.points, other.points
             names = [name for name in ours if name in theirs]
             if not names:  # augmentation moved them out of the picture
                 continue
-            sketch, photo = features[i], features[i + 1]
             source = F.normalize(sketch.at(torch.tensor([ours[name] for name in names])), dim=1)
             truth = torch.tensor([theirs[name] for name in names], device=source.device)
             sources.append(source)

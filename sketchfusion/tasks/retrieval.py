@@ -250,6 +250,24 @@ def rank_metrics(
         ConfigError: no such convention.
         SketchFusionError: nothing to rank, or values that are not finite.
     """
+    scores = score(queries, gallery, query_ids, gallery_ids, convention=convention, block_bytes=block_bytes)
+    if convention == "sake":
+        (ids,) = _ids(query_ids)
+        scores = torch.stack([scores[ids == one].mean(0) for one in ids.unique()])
+    means = dict(zip(FIGURES, scores.mean(0).tolist(), strict=True))
+    return {"queries": len(queries), "gallery": len(gallery), **means, "convention": convention}
+
+
+def score(
+    queries: Tensor,
+    gallery: Tensor,
+    query_ids: Sequence[str],
+    gallery_ids: Sequence[str],
+    *,
+    convention: str = "zse",
+    block_bytes: int = BLOCK_BYTES,
+) -> Tensor:
+    """What `rank_metrics` takes the means of: the `FIGURES` of each query, (Q, 6) in float64."""
     if convention not in CONVENTIONS:
         raise ConfigError("convention", f"is {convention!r}", legal=", ".join(CONVENTIONS))
     if (len(queries), len(gallery)) != (len(query_ids), len(gallery_ids)):
@@ -262,14 +280,10 @@ def rank_metrics(
         hits = present.to(rows.device)[rows] == wanted[start : start + len(rows), None].to(rows.device)
         blocks.append(_figures(hits, convention).cpu())
         start += len(rows)
-    figures = torch.cat(blocks)
-    if convention == "sake":
-        figures = torch.stack([figures[wanted == name].mean(0) for name in wanted.unique()])
-    means = dict(zip(_FIGURES, figures.mean(0).tolist(), strict=True))
-    return {"queries": len(queries), "gallery": len(gallery), **means, "convention": convention}
+    return torch.cat(blocks)
 
 
-_FIGURES = ("map_all", "map_200", "p_200", "p_100", "acc_1", "acc_5")
+FIGURES = ("map_all", "map_200", "p_200", "p_100", "acc_1", "acc_5")
 
 
 def _figures(hits: Tensor, convention: str) -> Tensor:
