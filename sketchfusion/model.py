@@ -23,6 +23,7 @@ from . import card
 from .backbones import diffusion as diffusion_backbone
 from .backbones import semantic as semantic_backbone
 from .backbones.diffusion import DiffusionBackbone, block_widths
+from .backbones.norms import fuse
 from .backbones.semantic import SemanticBackbone
 from .config import BackboneConfig, Config, check_blocks, check_count, check_ensemble, unknown_key
 from .errors import ConfigError, ImageError, LoadError, SketchFusionError
@@ -278,6 +279,7 @@ class SketchFusion(nn.Module):
         if config.timestep >= steps:
             raise ConfigError("timestep", f"is {config.timestep}", legal=f"0 to {steps - 1}")
         diffusion = _diffusion(config, networks.vae, networks.unet, networks.scheduler, null_prompt)
+        fuse(networks.vision)
         semantic = SemanticBackbone(
             networks.vision,
             image_size=config.semantic.image_size,

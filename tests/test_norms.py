@@ -8,9 +8,10 @@ import torch
 from diffusers import AutoencoderKL, Transformer2DModel, UNet2DConditionModel
 from PIL import Image
 from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import SketchFusion
-from sketchfusion.backbones.norms import GroupNorm, Resnet, fuse
+from sketchfusion.backbones.norms import GroupNorm, QuickGELUMLP, Resnet, fuse
 
 
 def outputs(network: nn.Module) -> torch.Tensor:
@@ -41,6 +42,24 @@ def test_a_fused_unet_is_the_same(backbones: dict[str, Path], scale_shift: str, 
     resnets = 0 if scale_shift == "scale_shift" else sum("norm2.weight" in name for name in resnet_keys(plain))
     assert sum(with_silu) == 2 * resnets
     assert len(with_silu) > sum(with_silu)
+
+
+@pytest.mark.parametrize(("activation", "fused_ones"), [("quick_gelu", 2), ("gelu", 0)])
+def test_a_fused_clip_is_the_same(activation: str, fused_ones: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, hidden_act=activation)
+    plain = CLIPVisionModel(config).eval().double()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    assert sum(isinstance(part, QuickGELUMLP) for part in fused.modules()) == fused_ones
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    pixels, gradients = torch.randn(3, 3, 32, 32).double(), []
+    expected, found = (network(pixels).last_hidden_state for network in (plain, fused))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for network, tokens in ((plain, expected), (fused, found)):  # B-Finetuning trains it
+        gradients.append(torch.autograd.grad(tokens.square().sum(), list(network.parameters())[:6]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()

@@ -1,14 +1,18 @@
-"""The resnets, transformers and group norms of the frozen VAE and UNet: fewer passes over memory, channels-last."""
+"""Parts of the frozen backbones with fewer passes over memory: resnets, transformers and group norms, channels-last, of
+VAE and UNet, and CLIP's MLPs."""
 
 from __future__ import annotations
 
 from typing import Self
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 from ..kernels.group_norm import group_norm
 
@@ -65,12 +69,34 @@ class Resnet(nn.Module):
         return hidden.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+class QuickGELUMLP(nn.Module):
+    """transformers' `CLIPMLP` with OpenAI's quick GELU, x σ(1.702 x), which is SiLU(1.702 x) / 1.702.
+
+    The matrix products scale for nothing, so that the activation is one pass, in place, instead of three. Takes the
+    parameters of the block whose place it takes, under their names.
+    """
+
+    SCALE = 1.702
+
+    def __init__(self, block: CLIPMLP):
+        super().__init__()
+        self.fc1, self.fc2 = block.fc1, block.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, C)."""
+        hidden = torch.addmm(self.SCALE * self.fc1.bias, x.flatten(0, 1), self.fc1.weight.T, alpha=self.SCALE)
+        hidden = F.silu(hidden, inplace=True)
+        return torch.addmm(self.fc2.bias, hidden, self.fc2.weight.T, alpha=1 / self.SCALE).view(x.shape)
+
+
 def fuse(network: nn.Module) -> None:
-    """Put `Resnet`, `Transformer` and `GroupNorm` in the places of diffusers' in a VAE encoder or UNet."""
+    """Put the parts of this module in the places of diffusers' and transformers', in a VAE encoder, a UNet or CLIP."""
     for parent in list(network.modules()):
         for name, part in parent.named_children():
             if isinstance(part, ResnetBlock2D) and _is_plain(part):
                 setattr(parent, name, Resnet(part))
+            elif isinstance(part, CLIPMLP) and isinstance(part.activation_fn, QuickGELUActivation):
+                setattr(parent, name, QuickGELUMLP(part))
         if isinstance(parent, Transformer2DModel):
             parent.norm = GroupNorm.of(parent.norm, silu=False)
             parent.__class__ = Transformer

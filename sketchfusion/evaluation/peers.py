@@ -136,8 +136,13 @@ def _plain(adapter: Any, dtype: torch.dtype) -> nn.Conv2d:
 
 
 def _bottleneck(block: Any, x: Tensor, side: int) -> Tensor:
+    def normed(norm: Any, x: Tensor) -> Tensor:
+        if not isinstance(norm, nn.GroupNorm):  # where the width stays the shortcut is the map itself
+            return x
+        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
     x = F.interpolate(x, size=(side, side), mode="bilinear")
     project, norm = block.shortcut
-    hidden = F.relu(block.norm1(block.conv1(x)))
-    hidden = F.relu(block.norm2(block.conv2(hidden)))
-    return F.relu(block.norm3(block.conv3(hidden)) + norm(project(x)))
+    hidden = F.relu(normed(block.norm1, block.conv1(x)))
+    hidden = F.relu(normed(block.norm2, block.conv2(hidden)))
+    return F.relu(normed(block.norm3, block.conv3(hidden)) + normed(norm, project(x)))
