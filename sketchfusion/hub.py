@@ -8,7 +8,7 @@ import posixpath
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,9 @@ class Location:
                 return [self.safetensors(f"{stem}{infix}.safetensors")]
             except MissingFile as error:
                 missing = f"{error}: {ONLY_SAFETENSORS}"
+                with suppress(LoadError):
+                    other = replace(self, local_files_only=True).file(f"{stem}.fp16.safetensors")
+                    missing = f"{error}; {other.name} is there: pass variant='fp16'"
             try:
                 index = self.file(name)
             except MissingFile:

@@ -396,6 +396,17 @@ def test_a_plain_folder_holds_photos_but_for_drawings(tmp_path: Path) -> None:
         ("sketch", "2.svg", None),
         ("photo", "1.png", "pen/1"),
     ]
+    assert "photos" not in found.split
+    assert "all of them photos: drawings belong in sketch/<class>" in load("folder", tmp_path, classes=["pen"]).split
+
+
+def test_a_record_is_made_of_what_a_table_holds(tmp_path: Path) -> None:
+    one = Record(tmp_path / "x.png", "photo", "x", mask=tmp_path / "m.png", points=[["a", 1.0, 2.0]])  # type: ignore[arg-type]
+    same = Record(str(tmp_path / "x.png"), "photo", "x", mask=str(tmp_path / "m.png"), points=(("a", 1.0, 2.0),))
+    assert (one, hash(one)) == (same, hash(same))
+    assert pickle.loads(pickle.dumps(one)) == one
+    with pytest.raises(DataError, match=r"x\.png: its kind is 'Sketch'"):
+        Record("x.png", "Sketch", "x")  # type: ignore[arg-type]
 
 
 def test_images_are_found_in_order_and_evenly(tmp_path: Path) -> None:

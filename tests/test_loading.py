@@ -26,10 +26,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel, ViTConfig, ViTModel
 
 from sketchfusion import ConfigError, Features, LoadError, SketchFusion, SketchFusionError
 from sketchfusion.backbones.diffusion import make_null_prompt
+from sketchfusion.config import CLIP_MEAN
 from sketchfusion.data import DataSet, Record
 from sketchfusion.hub import MIRRORS, Location
 from sketchfusion.tasks.recognition import Recognition
@@ -362,10 +363,54 @@ def test_only_a_missing_preprocessor_is_a_missing_preprocessor(hub: HubServer, p
     hub.heal()
     (parts["semantic"] / "preprocessor_config.json").unlink()
     hub.publish(SEMANTIC, parts["semantic"])
-    with pytest.raises(ConfigError, match="semantic_mean=") as caught:
-        build(DIFFUSION, SEMANTIC)
-    assert caught.value.key == "semantic_mean"
+    assert build(DIFFUSION, SEMANTIC).config.semantic.mean == CLIP_MEAN
     assert build(DIFFUSION, SEMANTIC, **MEANS).config.semantic.mean == (0.4, 0.5, 0.6)
+
+
+def test_a_backbone_that_is_no_clip_has_to_say_its_normalisation(parts: dict[str, Path], tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+    ViTModel(ViTConfig(**sizes, intermediate_size=16, image_size=32)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="semantic_mean=") as caught:
+        build(parts["diffusion"], tmp_path)
+    assert caught.value.key == "semantic_mean"
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    ("values", "mean", "std"),
+    [
+        ({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)),
+        ({"image_mean": 0.5, "image_std": 0.25}, (0.5,) * 3, (0.25,) * 3),
+        ({"do_normalize": False, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}, (0.0,) * 3, (1.0,) * 3),
+        ({"do_rescale": False, "image_mean": [100] * 3, "image_std": [50] * 3}, None, "does not rescale pixels"),
+        ({"image_mean": "abc", "image_std": [1] * 3}, None, "reading .*processor_config.json"),
+    ],
+)
+def test_what_a_preprocessor_says(parts: dict[str, Path], file: str, values: Any, mean: Any, std: Any) -> None:
+    (parts["semantic"] / "preprocessor_config.json").unlink()
+    nested = {"image_processor": values} if file == "processor_config.json" else values  # since transformers 5
+    (parts["semantic"] / file).write_text(json.dumps(nested))
+    if mean is None:
+        with pytest.raises(LoadError, match=std):
+            build(**parts)
+        return
+    semantic = build(**parts).config.semantic
+    assert (semantic.mean, semantic.std) == (mean, std)
+
+
+def test_a_variant_that_is_there_is_named(parts: dict[str, Path]) -> None:
+    unet = parts["diffusion"] / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(LoadError, match="pass variant='fp16'"):
+        build(**parts)
+
+
+def test_an_inpainting_unet_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
+    unet = parts["diffusion"] / "unet"
+    config = json.loads((unet / "config.json").read_text())
+    UNet2DConditionModel.from_config(config | {"in_channels": 9}).save_pretrained(unet)
+    with pytest.raises(LoadError, match="takes 9 channels and the VAE makes 4"):
+        build(**parts)
 
 
 @pytest.mark.parametrize("wrong", [{"semantic_std": "abc"}, {"semantic_mean": [0.5]}, {"semantic_image_size": "32"}])

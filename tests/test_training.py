@@ -209,6 +209,100 @@ class Interrupted(torch.nn.Module):
         raise KeyboardInterrupt
 
 
+class Normed(Interrupted):
+    """A head that keeps running means, and drops out."""
+
+    name = "normed"
+
+    def __init__(self, data: DataSet):
+        super().__init__(data)
+        torch.manual_seed(0)
+        self.head = torch.nn.Sequential(torch.nn.BatchNorm1d(32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 1))
+        self.modes: list[bool] = []
+
+    def loss(self, features: Any, samples: Any) -> Any:
+        self.modes.append(self.training)
+        return (self.head(features.pooled) - 1).square().mean(), {}
+
+
+def test_what_a_task_keeps_besides_parameters_goes_on(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, plan, ends = snapshot(untrained), dataclasses.replace(FEW, checkpoint_every=2), []
+
+    def dying(self: State, step: int) -> None:
+        save(self, step)
+        raise KeyboardInterrupt
+
+    save = State.save
+    for out in ("whole", "pieces", "pieces", "pieces"):  # the last is done already
+        untrained.load_state_dict(start)
+        task = Normed(shapes)
+        if out == "pieces" and len(ends) == 1 and not (tmp_path / out).exists():
+            with monkeypatch.context() as patch:
+                patch.setattr(State, "save", dying)
+                with pytest.raises(KeyboardInterrupt):
+                    train(untrained, task, tmp_path / out, plan)
+            assert task.head[0].num_batches_tracked == 2
+            continue
+        train(untrained, task, tmp_path / out, plan)
+        ends.append(snapshot(task))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=0)
+    assert ends[0]["head.0.num_batches_tracked"] == 4
+
+
+def test_tasks_learn_in_training_mode_and_are_looked_at_in_eval_mode(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+) -> None:
+    task, seen = Normed(shapes).eval(), []
+    validate = dataclasses.replace(FEW, validate_every=2)
+    train(untrained, task, tmp_path, validate, validate=lambda _: seen.append(task.head.training) or {"metric": 0.0})
+    assert (task.modes, seen, task.training) == ([True] * 4, [False, False], False)
+
+
+def test_one_run_at_a_time_in_a_folder(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / "log.csv").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SketchFusionError, match="another process is training in this folder"):
+            train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
+    train(untrained, tasks_of("retrieval", shapes, 32), tmp_path, FEW)
+
+
+@pytest.mark.parametrize(
+    ("method", "found", "said"),
+    [
+        ("batch", lambda task: (record for record in task.records[:2]), "another batch; legal: a list of records"),
+        ("batch", lambda task: [record.path for record in task.records[:2]], "another batch; legal: a list of records"),
+        ("batch", lambda task: [Record("elsewhere.png", "photo", "x")], "what is not among its records"),
+        ("loss", lambda task: torch.zeros((), requires_grad=True), "another loss; legal: .loss, its parts"),
+    ],
+)
+def test_a_task_of_ones_own_that_does_not_fit(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path, method: str, found: Any, said: str
+) -> None:
+    task = Normed(shapes)
+    setattr(task, method, lambda *_: found(task))
+    with pytest.raises(ConfigError, match=f"task normed.*{said}"):
+        train(untrained, task, tmp_path, FEW)
+
+
+def test_a_validation_gives_figures_by_name(untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"validate.*float.*legal: a dict"):
+        train(untrained, Normed(shapes), tmp_path, FEW, validate=lambda _: 0.5)  # type: ignore[arg-type,return-value]
+    SketchFusion.from_pretrained(tmp_path, device="cpu")  # what was trained is there
+
+
+def test_key_points_of_images_that_were_resized_without_them(
+    untrained: SketchFusion, shapes: DataSet, tmp_path: Path
+) -> None:
+    large = [dataclasses.replace(r, points=[(n, 8 * x, 8 * y) for n, x, y in r.points]) for r in shapes.records]  # type: ignore[misc]
+    task = Correspondence(dataclasses.replace(shapes, records=tuple(large)), pairs=4)
+    with pytest.raises(SketchFusionError, match=r"its key point low \(.*\) lies outside of its 48 x 40 pixels"):
+        train(untrained, task, tmp_path, FEW)
+
+
 @pytest.mark.parametrize("plan", [{"without": ("adapters", "mixing")}, {"finetune": True}])
 def test_what_learns_is_as_before_after_a_run_that_was_interrupted(
     untrained: SketchFusion, shapes: DataSet, tmp_path: Path, plan: dict[str, Any]
@@ -777,8 +871,9 @@ class TestSettings:
         assert not (tmp_path / "model.safetensors").exists()
 
     def test_nothing_to_draw(self, untrained: SketchFusion, shapes: DataSet, tmp_path: Path) -> None:
-        for nothing in ([], [Recognition(shapes, 32, batch_size=0)]):
-            with pytest.raises(ConfigError, match="draw no images"):
+        empty = Recognition(shapes, 32, batch_size=0)
+        for nothing, said in (([], "legal: one task or more"), ([empty], "legal: a list of records, one or more")):
+            with pytest.raises(ConfigError, match=said):
                 train(untrained, nothing, tmp_path, FEW)
 
 

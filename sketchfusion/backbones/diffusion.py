@@ -273,6 +273,11 @@ def load(
     for key in _FOREIGN_CONDITIONS:
         if unet.config.get(key) is not None:
             raise LoadError(f"this UNet is conditioned by {key}; Stable Diffusion 1.x and 2.x are supported")
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise LoadError(
+            f"this UNet takes {unet.config.in_channels} channels and the VAE makes {vae.config.latent_channels}: it is "
+            "one for inpainting, depth or upscaling; Stable Diffusion 1.x and 2.x for text alone are supported"
+        )
     with undisturbed():
         return vae, unet, DDPMScheduler.from_config(settings)
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..errors import ConfigError, LoadError
 from ..hub import Location, MissingFile, undisturbed
 from . import Frozen, Triple, shared_copy
 
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 
 
 class SemanticBackbone(Frozen):
@@ -105,16 +106,34 @@ def load(origin: Location | Any, dtype: torch.dtype) -> Any:
 
 
 def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | None:
-    """Mean and standard deviation from `preprocessor_config.json`; CLIP's for a loaded CLIP; else None."""
+    """Mean and standard deviation from the preprocessor's file; CLIP's for a CLIP without one; else None.
+
+    Raises:
+        LoadError: the file cannot be read, or asks for pixels that are not in [0, 1].
+    """
     if not isinstance(origin, Location):
         return (CLIP_MEAN, CLIP_STD) if origin.config.model_type.startswith("clip") else None
-    try:
-        path = origin.file(PREPROCESSOR)
-    except MissingFile:
-        return None
+    for name in PREPROCESSORS:
+        with suppress(MissingFile):
+            path = origin.file(name)
+            break
+    else:
+        config = origin.file("config.json")
+        with origin.explained(f"reading {config}"):
+            clip = json.loads(config.read_text(encoding="utf-8")).get("model_type", "").startswith("clip")
+        return (CLIP_MEAN, CLIP_STD) if clip else None
     with origin.explained(f"reading {path}"):
         values = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(values["image_mean"]), tuple(values["image_std"])
+        values = values.get("image_processor", values)
+        if not values.get("do_rescale", True):
+            raise LoadError(f"{path} does not rescale pixels to [0, 1], which this backbone does: pass another")
+        if not values.get("do_normalize", True):
+            return (0.0,) * 3, (1.0,) * 3
+        mean, std = (values.get(key) for key in ("image_mean", "image_std"))
+        if mean is None or std is None:
+            return None
+        red_green_blue = (np.broadcast_to(np.asarray(value, float), 3).tolist() for value in (mean, std))
+        return tuple(next(red_green_blue)), tuple(next(red_green_blue))
 
 
 def save_complete(origin: Location | Any, target: Path) -> None:
@@ -124,5 +143,6 @@ def save_complete(origin: Location | Any, target: Path) -> None:
             origin.save_pretrained(target)
         return
     origin.copy_model(target, "model")
-    with suppress(LoadError):  # not needed, and nice to have for who loads the folder with transformers
-        shutil.copyfile(origin.file(PREPROCESSOR), target / PREPROCESSOR)
+    for name in PREPROCESSORS:
+        with suppress(LoadError):  # not needed, and nice to have for who loads the folder with transformers
+            shutil.copyfile(origin.file(name), target / name)

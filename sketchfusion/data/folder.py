@@ -48,6 +48,8 @@ def scan(root: Path, classes: Classes, part: None) -> DataSet:
                 stem = stem.rpartition("-")[0]
             photo = f"{label}/{stem}" if stem in known else None
             records.append(Record(str(path), kind, label, photo=photo))
+    if not any(record.kind == "sketch" for record in records):
+        words += ", all of them photos: drawings belong in sketch/<class>"
     return DataSet("folder", chosen, tuple(records), words)
 
 

@@ -37,6 +37,9 @@ class Record:
         photo: which photo of the set this is, or was drawn from; no two photos share a name, files of one photo do.
         mask: the file of its mask.
         points: named key points: name, x and y, in continuous original pixels as in `Features.at`.
+
+    Raises:
+        DataError: `kind` is neither of the two.
     """
 
     path: str
@@ -46,6 +49,25 @@ class Record:
     photo: str | None = None
     mask: str | None = None
     points: tuple[tuple[str, float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("photo", "sketch"):
+            raise DataError(f"{self.path}: its kind is {self.kind!r}; it has to be 'photo' or 'sketch'")
+        # A Path and a list will do, and become what can be compared and hashed.
+        object.__setattr__(self, "path", os.fspath(self.path))
+        object.__setattr__(self, "mask", self.mask and os.fspath(self.mask))
+        object.__setattr__(self, "points", tuple(map(tuple, self.points)))
+
+    def check_points(self, width: float, height: float) -> None:
+        """Compare the key points with the image's size. (A little outside some lie in published sets.)
+
+        Raises:
+            DataError: one lies far outside, as where the image was resized and its points were not.
+        """
+        for name, x, y in self.points:
+            if not (-0.1 <= x / width <= 1.1 and -0.1 <= y / height <= 1.1):
+                point, size = f"{name} ({x:g}, {y:g})", f"{width:g} x {height:g} pixels"
+                raise DataError(f"{self.path}: its key point {point} lies outside of its {size}")
 
     def open(self) -> Image.Image | Strokes:
         """The image, black on white if it is a sketch; what `encode` takes.

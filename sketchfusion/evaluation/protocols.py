@@ -255,7 +255,7 @@ def recognition(
             f"{data.name} ({data.split}): {len(fitted)} sketches of {len(classes)} classes to fit to, {len(tested)} to "
             "test on"
             + (f", of classes that are only there: {listed(foreign)}" if foreign else "")
-            + "; recognition needs two classes or more, and tests on those that it has fitted to"
+            + "; recognition needs two classes or more, and tests on those that it has fitted to (see --held-out)"
         )
     index = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([index[str(record.label)] for record in (*fitted, *tested)])
@@ -316,6 +316,7 @@ def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | Non
             except SketchFusionError as error:
                 raise DataError(f"{record.path}: its key points do not fit: {error}") from error
             source, target = (torch.tensor(one.geometry[:2]) for one in (features, targets[row]))  # width and height
+            photo.check_points(*target.tolist())
             side = 256.0 if data.name == "psc6k" else float(target.max())
             hits[row].append(_hits(found, truth, side))
             if row == extractor.rows[0]:

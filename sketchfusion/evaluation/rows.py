@@ -207,7 +207,7 @@ def load_encoder(source: str, device: torch.device, dtype: torch.dtype) -> Seman
     if normalisation is None or not isinstance(size, int):
         missing = f"the size of its images in {MARKERS['semantic']}"
         if normalisation is None:
-            missing = f"{semantic.PREPROCESSOR}, which tells its normalisation"
+            missing = f"{semantic.PREPROCESSORS[0]}, which tells its normalisation"
         raise LoadError(f"{source} lacks {missing}: the row would mean nothing")
     whole = size // network.config.patch_size * network.config.patch_size  # some have a rest that no patch covers
     mean, std = normalisation

@@ -29,7 +29,7 @@ class State:
     Args:
         folder: of the run.
         run: what it is, by name (see `loop.identity`); the state of another run is refused.
-        module: its parameters that require gradients are kept.
+        module: its parameters that require gradients are kept, and the buffers of its `tasks`, such as running means.
         optimizer: AdamW over just these.
         scaler: of the gradients, in float16.
     """
@@ -44,6 +44,8 @@ class State:
     ):
         self.path, self.run, self.optimizer, self.scaler = folder / STATE, run, optimizer, scaler
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        whole = module.state_dict().keys()  # without buffers that are made anew
+        self.buffers = {name: b for name, b in module.named_buffers() if name.startswith("tasks.") and name in whole}
 
     def save(self, step: int) -> None:
         tensors: dict[str, Tensor] = {}
@@ -51,6 +53,8 @@ class State:
             tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+        for name, buffer in self.buffers.items():
+            tensors[f"buffer.{name}"] = buffer.detach().cpu().contiguous()
         scaling = {} if self.scaler is None else {"scaler": json.dumps(self.scaler.state_dict())}
         write_tensors(tensors, self.path, {"step": str(step), "run": json.dumps(self.run)} | scaling)
 
@@ -73,6 +77,8 @@ class State:
                     moments = {key: file.get_tensor(f"{key}.{name}") for key in keys}
                     moved = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
                     self.optimizer.state[parameter] = moved
+                for name, buffer in self.buffers.items():
+                    buffer.copy_(file.get_tensor(f"buffer.{name}"))
                 if self.scaler is not None:
                     self.scaler.load_state_dict(json.loads(metadata["scaler"]))
                 return int(metadata["step"])
@@ -86,7 +92,8 @@ class State:
         digested = ("configuration", "tasks or images", "backbones", "weights to begin with")
         named = [f"other {name}" if name in digested else f"{name}={other.get(name)}" for name in differing]
         hints = {
-            "weights to begin with": "a model that begins at random needs torch.manual_seed before it is built",
+            "weights to begin with": "a model that was trained meanwhile has to be loaded again; one that begins at "
+            "random needs torch.manual_seed before it is built",
             "tasks or images": "an image that stopped a run has to be replaced under its name for the run to go on",
         }
         hint = "".join(f" ({words})" for name, words in hints.items() if name in differing)

@@ -290,7 +290,8 @@ def _split_classes(data: DataSet, share: float, level: str) -> tuple[DataSet, Da
     kept = tuple(name for name in data.classes if name not in apart)
     if len(kept) < 2:
         raise SketchFusionError(
-            f"{data.name} ({data.split}): of {len(data.classes)} classes {share:g} cannot be held out to validate on"
+            f"{data.name} ({data.split}): of {len(data.classes)} classes {share:g} cannot be held out to validate on: "
+            f"{least} at least are, and two have to be left to train on"
         )
     words = "one class" if len(apart) == 1 else f"{len(apart)} classes"
     return data.of_classes(kept, f"without {words}"), data.of_classes(apart, f"{words} held out")

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -109,7 +109,12 @@ class _Trainee(nn.Module):
         parts: dict[str, float] = {}
         total, start = torch.zeros((), device=latents.device), 0
         for label, task, mine in zip(self.labels, self.tasks, samples, strict=True):
-            cost, shown = cast("Task", task).loss(features[start : start + len(mine)], mine)
+            found: Any = cast("Task", task).loss(features[start : start + len(mine)], mine)
+            if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
+                raise ConfigError(
+                    f"task {task.name}", "has another loss", legal="(loss, its parts for the log by name)"
+                )
+            cost, shown = found
             start += len(mine)
             total = total + cost
             parts |= {f"{label}.{name}": value for name, value in shown.items()}
@@ -141,10 +146,10 @@ def train(
         settings: how to train.
         cache: folder for latents and semantic tokens, which training does not change; without one they are computed
             at every step, from views that are drawn afresh each time.
-        validate: called on the model every `validate_every` steps and at the end, in eval mode without gradients; what
-            it returns goes into `validation.csv` and the checkpoint's card. It should look at classes that are not
-            trained on. Before the end the checkpoint goes into `out/step-<N>`, so that the best one is not lost; with
-            `finetune`, whose backbones are gigabytes, none does.
+        validate: called on the model every `validate_every` steps and at the end, without gradients, model and tasks
+            in eval mode; what it returns goes into `validation.csv` and the checkpoint's card. It should look at
+            classes that are not trained on. Before the end the checkpoint goes into `out/step-<N>`, so that the best
+            one is not lost; with `finetune`, whose backbones are gigabytes, none does.
         training_data: what was trained on, in words, for the model card, which says it after what the model had seen
             before.
         include_backbones: as for `SketchFusion.save_pretrained`.
@@ -167,9 +172,9 @@ def train(
     settings = settings or Settings()
     jobs: list[Task] = list(tasks) if isinstance(tasks, Sequence) else [tasks]
     out = Path(out)
-    drawn = [len(task.batch(np.random.default_rng(0))) for task in jobs]
-    if not drawn or not all(drawn):
-        raise ConfigError("tasks", "draw no images", legal="one task or more, with an image or more in each batch")
+    drawn = [_draw(task) for task in jobs]
+    if not drawn:
+        raise ConfigError("tasks", "are none", legal="one task or more")
     # In half precision the gradients of a float16 UNet need a scaler; bfloat16 and float32 need nothing.
     half = model.dtype is torch.float16
     if half and model.device.type == "cpu":  # accelerate has none there
@@ -200,7 +205,9 @@ def train(
         model.unfold()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    with _enough_memory(model.device), _learning(model, settings):
+    make_folder(out)
+    alone = _alone(out) if accelerator.is_main_process else nullcontext()
+    with alone, _enough_memory(model.device), _learning(model, jobs, settings):
         return _train(
             model, jobs, out, settings, accelerator, sum(drawn),
             cache=cache, validate=validate, training_data=training_data, include_backbones=include_backbones,
@@ -208,9 +215,22 @@ def train(
         )  # fmt: skip
 
 
+def _draw(task: Task) -> int:
+    """How many images it draws for a step; what is wrong with its batch is better known before all else."""
+    batch = task.batch(np.random.default_rng(0))
+    if not isinstance(batch, Sequence) or not batch or not all(isinstance(one, Record) for one in batch):
+        raise ConfigError(f"task {task.name}", "has another batch", legal="a list of records, one or more")
+    if set(batch) - set(task.records):
+        raise ConfigError(f"task {task.name}", "draws what is not among its records", legal="records of `task.records`")
+    return len(batch)
+
+
 @contextmanager
-def _learning(model: SketchFusion, settings: Settings) -> Iterator[None]:
-    """Meanwhile what the settings leave out does not learn, and the backbones that they fine-tune do."""
+def _learning(model: SketchFusion, jobs: Sequence[Task], settings: Settings) -> Iterator[None]:
+    """Meanwhile what the settings leave out does not learn, and the backbones that they fine-tune do; the tasks are in
+    training mode.
+    """
+    heads = nn.ModuleList(cast("Sequence[nn.Module]", jobs)).train()
     left_out: list[Any] = [
         model.adapters if name == "adapters" else model.aggregator.mixing_weights for name in settings.without
     ]
@@ -227,6 +247,27 @@ def _learning(model: SketchFusion, settings: Settings) -> Iterator[None]:
         model.diffusion.freeze()
         model.semantic.freeze()
         model.eval()
+        heads.eval()
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Meanwhile no other process trains in this folder: its log is locked, where the system has locks."""
+    path = out / "log.csv"
+    try:
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise SketchFusionError(f"{path}: cannot be written to: {error.strerror or error}") from None
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SketchFusionError(f"{out}: another process is training in this folder") from None
+        except (ImportError, OSError):
+            log.debug("%s cannot be locked", path)
+        yield
 
 
 def _train(
@@ -254,7 +295,6 @@ def _train(
     records = tuple(dict.fromkeys(record for task in jobs for record in task.records))
     rank, world = accelerator.process_index, accelerator.num_processes
     run = identity(model, jobs, settings, kept=cache is not None, processes=world)
-    make_folder(out)
     state = checkpoints.State(out, run, trainee, optimizer, accelerator.scaler)
     first = state.resume()
     if first:
@@ -291,7 +331,7 @@ def _train(
         """On the way, where it is due; the checkpoint at that step is kept."""
         if step == settings.steps or not settings.validate_every or step % settings.validate_every:
             return
-        figures = _validated(model, validate, out / "validation.csv", step, main)
+        figures = _validated(model, trainee.tasks, validate, out / "validation.csv", step, main)
         if figures and not settings.finetune:  # whose backbones are gigabytes
             try:
                 _write(model, jobs, out / f"step-{step}", figures, training_data, include_backbones=False)
@@ -340,7 +380,7 @@ def _train(
             validate_now(step + 1)
     figures = {}
     try:
-        figures = _validated(model, validate, out / "validation.csv", settings.steps, main)
+        figures = _validated(model, trainee.tasks, validate, out / "validation.csv", settings.steps, main)
     finally:  # what was trained is kept, whatever validating it met with
         if main:
             whole = include_backbones or settings.finetune
@@ -512,13 +552,20 @@ def _sample(entry: Entry, geometry: Geometry, seed: int) -> Sample:
     return Sample(entry.record, view.points(entry.record, *size), view.mask(entry.record, *size))
 
 
-def _validated(model: SketchFusion, validate: Validate | None, path: Path, step: int, main: bool) -> dict[str, float]:
+def _validated(
+    model: SketchFusion, tasks: nn.Module, validate: Validate | None, path: Path, step: int, main: bool
+) -> dict[str, float]:
     """The figures at this step, on the main process, which also writes them down."""
     if validate is None or not main:
         return {}
     model.eval()
+    tasks.eval()
     with torch.no_grad():
-        figures = {name: float(figure) for name, figure in validate(model).items()}
+        found = validate(model)
+    tasks.train()
+    if not isinstance(found, Mapping):
+        raise ConfigError("validate", f"returned {type(found).__name__}", legal="a dict of figures by name")
+    figures = {name: float(figure) for name, figure in found.items()}
     model._graphs.clear()  # training needs their memory
     log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     _Journal(path, step - 1).write({"step": step, **figures})

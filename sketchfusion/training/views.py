@@ -58,13 +58,18 @@ class View:
         return seen
 
     def points(self, record: Record, width: int, height: int) -> dict[str, tuple[float, float]]:
-        """The record's key points in pixels of the view, which has that size; those that it still shows."""
+        """The record's key points in pixels of the view, which has that size; those that it still shows.
+
+        Raises:
+            DataError: one lies far outside of the image.
+        """
         moved: dict[str, Any] = {name: (x, y) for name, x, y in record.points}
-        if moved and self.affine is not None:
-            across, down = 1.0, 1.0
-            if record.path.lower().endswith(STROKES):
-                own = record.open().size
-                across, down = width / own[0], height / own[1]
+        across, down = 1.0, 1.0
+        if moved and self.affine is not None and record.path.lower().endswith(STROKES):
+            own = record.open().size
+            across, down = width / own[0], height / own[1]
+        record.check_points(width / across, height / down)
+        if self.affine is not None:
             a, b, c, d, e, f = self._pixels(width, height)
             inverse = np.linalg.inv([[a, b], [d, e]])
             moved = {name: inverse @ (across * x - c, down * y - f) for name, (x, y) in moved.items()}
