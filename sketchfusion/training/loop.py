@@ -137,7 +137,8 @@ def train(
 
     A run that was killed is started again by the same call, goes on from `out/training.safetensors`, and comes to the
     same losses, on a GPU to rounding. (The same call begins with the same weights: load the model again, and before
-    `from_backbones` or `reset`, which draw the aggregator at random, say `torch.manual_seed`.) Under `accelerate launch` every process draws batches of its own.
+    `from_backbones` or `reset`, which draw the aggregator at random, say `torch.manual_seed`.) Under `accelerate
+    launch` every process draws batches of its own.
 
     Args:
         model: trained in place. Its dtype is what the backbones compute in; what is trained stays float32.
@@ -162,8 +163,8 @@ def train(
         ConfigError: a setting is illegal, or the model's dtype is float16 on a CPU; there is no task, or one draws
             or returns something else than a `Task` does, or `validate` does.
         ImageError: naming an image that cannot be read.
-        SketchFusionError: `out` holds another run, or one is running there; the loss is not finite, or its gradient (in float16 such steps are
-            left out, unless there is no end of them); out of memory on the GPU.
+        SketchFusionError: `out` holds another run, or one is running there; the loss is not finite, or its gradient (in
+            float16 such steps are left out, unless there is no end of them); out of memory on the GPU.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
