@@ -195,9 +195,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     """`value` as the type `hint` says, JSON lists becoming tuples; a ConfigError where it is not of that type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return (
-            value if isinstance(value, typing.cast(type, hint)) else _build(typing.cast(type, hint), value, key + ".")
-        )
+        return _build(typing.cast(type, hint), value, key + ".")
     if origin is types.UnionType and isinstance(value, hint):  # a string or null
         return value
     if origin is tuple and isinstance(value, list | tuple):

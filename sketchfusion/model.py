@@ -802,14 +802,6 @@ class SketchFusion(nn.Module):
             self._config = self._config.with_backbone(name, backbone)
         self._variant = None
 
-    def published_backbones(self, dtype: torch.dtype) -> Networks:
-        """Both backbones loaded again, whole and as they were published, to compare with.
-
-        Raises:
-            LoadError: the place one came from is no longer there.
-        """
-        return Networks.load(self._origins, dtype, self._variant)
-
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the UNet's activations in the backward pass instead of keeping them."""
         self.diffusion.unet.enable_gradient_checkpointing()

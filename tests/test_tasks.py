@@ -511,13 +511,6 @@ class TestSegmentation:
             Segmentation(photos, drawn_set())
 
 
-def test_geometry_is_what_points_go_through() -> None:
-    """`match` answers in original pixels whatever the canvas: a letterboxed image is not stretched."""
-    geometry = letterbox(100, 50, 64)
-    assert isinstance(geometry, Geometry)
-    assert geometry.to_original(torch.tensor([[0.5, 0.5]])).tolist() == [[50, 25]]
-
-
 def test_what_does_not_fit_together_is_refused() -> None:
     geometry = letterbox(40, 30, 64)
     one = Features(torch.rand(4), torch.rand(4, 8, 8), geometry, model="one")

@@ -41,7 +41,7 @@ from sketchfusion.training.cache import Entry, FrozenCache, backbones_key, pixel
 from sketchfusion.training.checkpoints import HEAD, STATE, State, load_head
 from sketchfusion.training.jobs import Apart, make_job, make_jobs
 from sketchfusion.training.loop import _Batches, _check_scale, _look_at, identity
-from sketchfusion.training.views import View, draw_view, look
+from sketchfusion.training.views import View, draw_view
 
 DOT = '<path d="M50 80h0.01" fill="none" stroke="black" stroke-width="6"/>'
 SHAPES = {"disc": "ellipse", "block": "rectangle", "wedge": "polygon", "bow": "chord"}
@@ -685,7 +685,7 @@ class TestViews:
     def test_the_first_is_the_image_itself(self, shapes: DataSet) -> None:
         record = shapes.records[0]
         assert draw_view(record, 0, seed=5) == View()
-        assert np.array_equal(np.asarray(look(record, View(), 32)), np.asarray(Image.open(record.path).convert("RGB")))
+        assert np.array_equal(np.asarray(View().image(record.open(), 32)), np.asarray(Image.open(record.path)))
 
     def test_the_others_are_drawn_once_and_for_all(self, shapes: DataSet) -> None:
         record = shapes.records[0]
@@ -719,7 +719,7 @@ class TestViews:
             path.write_text(svg)
         record = Record(str(path), "sketch", "dot", points=(("dot", 50.0, 80.0),))
         view = draw_view(record, number, seed=0)
-        pixels, geometry = Preprocess(256)(look(record, view, 256))
+        pixels, geometry = Preprocess(256)(view.image(record.open(), 256))
         ink = 1 - pixels.mean(0)
         places = torch.stack([ink.sum(0), ink.sum(1)]) @ (torch.arange(256) + 0.5) / ink.sum()
         points = view.points(record, int(geometry.width), int(geometry.height))

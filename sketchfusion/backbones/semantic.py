@@ -132,8 +132,8 @@ def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | N
         mean, std = (values.get(key) for key in ("image_mean", "image_std"))
         if mean is None or std is None:
             return None
-        red_green_blue = (np.broadcast_to(np.asarray(value, float), 3).tolist() for value in (mean, std))
-        return tuple(next(red_green_blue)), tuple(next(red_green_blue))
+        mean, std = (np.broadcast_to(np.asarray(value, float), 3).tolist() for value in (mean, std))
+        return tuple(mean), tuple(std)
 
 
 def save_complete(origin: Location | Any, target: Path) -> None:

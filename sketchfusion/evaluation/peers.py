@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..backbones.diffusion import block_widths, drop_behind
 from ..backbones.semantic import SemanticBackbone
+from ..loading import Networks
 from ..model import SketchFusion
 
 DIFT_ENSEMBLE = 8  # DIFT's default
@@ -30,7 +31,7 @@ class PlainLoop:
 
     def __init__(self, model: SketchFusion, dtype: torch.dtype, *, alone: bool = False):
         self.model, self.dtype = model, dtype
-        networks = model.published_backbones(dtype)
+        networks = Networks.load(model._origins, dtype, model._variant)
         config, device = model.config, model.device
         self.vae, self.unet = networks.vae.to(device).eval(), networks.unet.to(device).eval()
         self.prompt = model._null_prompt.to(device, dtype)

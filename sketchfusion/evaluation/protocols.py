@@ -23,6 +23,7 @@ from ..tasks.retrieval import CONVENTIONS, FIGURES, TIES, score, search
 from ..tasks.segmentation import THRESHOLD, check_mask, mask_iou, pixel_accuracy, predict, similarity
 from .rows import Extractor
 
+GALLERIES = ("all", "class")
 SAME_POSITION, WHOLE_PHOTO = "same-position", "whole-photo"  # answers without looking
 THRESHOLDS = torch.arange(-1000, 1001) / 1000  # of the cosine, among which the best in hindsight is looked for
 SHOWN = 8  # queries kept for a report, and photos for each
@@ -111,7 +112,7 @@ def zs_sbir(
     gallery = data if photos is None else photos
     if photos is not None:
         data = dataclasses.replace(data, split=f"{data.split}, photos from {photos.split}")
-    return _retrieval("zs-sbir", extractor, data, gallery.photos, lambda record: str(record.label), ranked, convention)
+    return _retrieval("zs-sbir", extractor, data, gallery.photos, lambda record: str(record.label), False, convention)
 
 
 def fg_sbir(
@@ -139,26 +140,23 @@ def fg_sbir(
             f"{data.name} ({data.split}): {len(lost)} of {len(data.sketches)} sketches, such as {lost[0]}, lack the "
             "photo that they were drawn from, and fine-grained retrieval is about that"
         )
-    measure = GALLERIES[gallery]
-    return _retrieval("fg-sbir", extractor, data, data.photos, lambda record: str(record.photo), measure, convention)
+    within = gallery == "class"
+    return _retrieval("fg-sbir", extractor, data, data.photos, lambda record: str(record.photo), within, convention)
 
 
-def ranked(queries: Side, gallery: Side, convention: str) -> Tensor:
+def _ranked(queries: Side, gallery: Side, convention: str) -> Tensor:
     """The FIGURES of each query against the whole gallery."""
     return score(queries.vectors, gallery.vectors, queries.ids, gallery.ids, convention=convention)
 
 
-def ranked_within_classes(queries: Side, gallery: Side, convention: str) -> Tensor:
+def _ranked_within_classes(queries: Side, gallery: Side, convention: str) -> Tensor:
     """The same with only a query's own class for its gallery."""
     labels = [record.label for record in queries.records]
     scores = torch.empty(len(labels), len(FIGURES), dtype=torch.float64)
     for label in set(labels):
         ours = torch.tensor([one == label for one in labels])
-        scores[ours] = ranked(queries.of(label), gallery.of(label), convention)
+        scores[ours] = _ranked(queries.of(label), gallery.of(label), convention)
     return scores
-
-
-GALLERIES = {"all": ranked, "class": ranked_within_classes}
 
 
 def _retrieval(
@@ -167,7 +165,7 @@ def _retrieval(
     data: DataSet,
     photos: Sequence[Record],
     id_of: Callable[[Record], str],
-    measure: Callable[[Side, Side, str], Tensor],
+    within_class: bool,
     convention: str,
 ) -> list[Result]:
     if convention not in CONVENTIONS:  # said before anything is encoded
@@ -189,31 +187,23 @@ def _retrieval(
         vectors = vectors.to(extractor.model.device)
         queries = Side(sketches, query_ids, vectors[: len(sketches)])
         gallery = Side(photos, gallery_ids, vectors[len(sketches) :])
-        scores[row] = measure(queries, gallery, convention)
-        among = gallery.of if measure is ranked_within_classes else lambda _, whole=gallery: whole
-        examples[row] = _examples(queries, among)
-    rest = {"convention": convention} | ({"gallery_of": "class"} if measure is ranked_within_classes else {})
+        scores[row] = (_ranked_within_classes if within_class else _ranked)(queries, gallery, convention)
+        examples[row] = _examples(queries, gallery, within_class)
+    counts = {"queries": len(sketches), "gallery": len(photos)}
+    rules = {"convention": convention} | ({"gallery_of": "class"} if within_class else {})
     return [
-        _result(
-            task,
-            row,
-            extractor,
-            data,
-            {"queries": len(sketches), "gallery": len(photos)} | figures | rest,
-            TIES,
-            examples[row],
-        )
+        _result(task, row, extractor, data, counts | figures | rules, TIES, examples[row])
         for row, figures in _averaged(scores, FIGURES, weights, groups).items()
     ]
 
 
-def _examples(queries: Side, among: Callable[[str | None], Side]) -> tuple[Example, ...]:
-    """A few queries, evenly spaced over the set, and the first photos that each found in the gallery of its label."""
+def _examples(queries: Side, gallery: Side, within_class: bool) -> tuple[Example, ...]:
+    """A few queries, evenly spaced over the set, and the first photos that each found."""
     examples = []
     for i in spaced(range(len(queries.records)), SHOWN):
-        gallery = among(queries.records[i].label)
-        (found,) = search(queries.vectors[i : i + 1], gallery.vectors, SHOWN)[1].tolist()
-        shown = tuple((gallery.records[j], gallery.ids[j] == queries.ids[i]) for j in found)
+        among = gallery.of(queries.records[i].label) if within_class else gallery
+        (found,) = search(queries.vectors[i : i + 1], among.vectors, SHOWN)[1].tolist()
+        shown = tuple((among.records[j], among.ids[j] == queries.ids[i]) for j in found)
         examples.append(Example(queries.records[i], shown))
     return tuple(examples)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import plots
-from ..errors import ConfigError, SketchFusionError
+from ..errors import ConfigError
+from ..files import staged
 from ..images import Preprocess
 from .protocols import SAME_POSITION, WHOLE_PHOTO, Example, Result
 from .rows import ROWS
@@ -124,21 +125,15 @@ def write(results: Sequence[Result], directory: str | os.PathLike) -> None:
     directory = Path(directory)
     check_directory(directory)
     featured = next((result for result in results if result.row == "fused"), results[-1])
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as folder:
-            staged = Path(folder)
-            plots.save(bars(results), staged / "rows.png")
-            if featured.examples:
-                plots.save(strips(featured.examples), staged / "examples.png")
-            (staged / "results.json").write_text(as_json(results) + "\n", encoding="utf-8")
-            (staged / "report.md").write_text(markdown(results, featured), encoding="utf-8")
-            for path in staged.iterdir():
-                os.replace(path, directory / path.name)
-        if not featured.examples:
-            (directory / "examples.png").unlink(missing_ok=True)  # of a report that was here before
-    except OSError as error:
-        raise SketchFusionError(f"{directory}: the report cannot be written: {error.strerror or error}") from None
+    with staged(directory) as stage:
+        plots.save(bars(results), stage / "rows.png")
+        if featured.examples:
+            plots.save(strips(featured.examples), stage / "examples.png")
+        (stage / "results.json").write_text(as_json(results) + "\n", encoding="utf-8")
+        (stage / "report.md").write_text(markdown(results, featured), encoding="utf-8")
+    if not featured.examples:
+        with suppress(OSError):
+            (directory / "examples.png").unlink()  # of a report that was here before
 
 
 def check_directory(directory: Path) -> None:

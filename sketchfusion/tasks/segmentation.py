@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -139,9 +141,8 @@ def similarity(query: Features | Tensor, photo: Features) -> Tensor:
     width, height = int(photo.geometry.width), int(photo.geometry.height)
     rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), 2).view(-1, 2)
-    places = photo.geometry.to_canvas(pixels).view(1, height, width, 2) * 2 - 1
-    sampled = F.grid_sample(cosines[None, None], places.to(cosines.device), padding_mode="border", align_corners=False)
-    return sampled[0, 0]
+    sampled: Tensor = replace(photo, dense=cosines[None]).at(pixels)
+    return sampled.view(height, width)
 
 
 def predict(cosines: Tensor, threshold: float = THRESHOLD) -> Tensor:

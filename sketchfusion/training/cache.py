@@ -24,7 +24,7 @@ from ..files import make_folder, write_tensors
 from ..images import Geometry, Preprocess, collate, read_ahead
 from ..model import SketchFusion
 from ..progress import Progress
-from .views import draw_view, look
+from .views import draw_view
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def pixels_of(entries: Iterable[Entry], preprocess: Preprocess, seed: int) -> tu
 def _opened(entry: Entry, preprocess: Preprocess, seed: int) -> tuple[Tensor, Geometry]:
     view = draw_view(entry.record, entry.view, seed)
     with entry.record.named():
-        return preprocess(look(entry.record, view, preprocess.size))
+        return preprocess(view.image(entry.record.open(), preprocess.size))
 
 
 class FrozenCache:

@@ -13,7 +13,6 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from ..data import Record
-from ..images import open_image
 from ..strokes import Strokes
 
 Affine = tuple[float, float, float, float, float, float]
@@ -127,8 +126,3 @@ def draw_view(record: Record, number: int, seed: int) -> View:
     contrast, brightness = random.uniform(0.7, 1.3, size=2)
     colour = 0.0 if random.random() < 0.2 else random.uniform(0.6, 1.4)
     return View(affine, float(contrast), float(brightness), float(colour))
-
-
-def look(record: Record, view: View, side: int) -> Image.Image | Strokes:
-    """Open a record's image and look at it; ImageError names the file where it cannot be read."""
-    return view.image(open_image(record.open()), side)
