@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from sketchfusion import SketchFusion
+from sketchfusion import SketchFusion, card
 from sketchfusion.config import Config
 from sketchfusion.data import class_names, limited, load, split
 from sketchfusion.evaluation import protocols
@@ -51,6 +51,12 @@ def unseen(data: Callable[[str], Path]) -> dict[str, tuple[list[Image.Image], to
         images[kind] += members
         labels[kind] += [UNSEEN.index(name)] * len(members)
     return {kind: (images[kind], torch.tensor(labels[kind])) for kind in images}
+
+
+@pytest.mark.parametrize("name", ["mini", "mini-correspondence", "mini-segmentation"])
+def test_a_card_says_what_its_configuration_does(name: str) -> None:
+    written = (BUNDLED / name / "README.md").read_text(encoding="utf-8")
+    assert written == card.render(Config.load(BUNDLED / name / "config.json"), name)
 
 
 @pytest.fixture
