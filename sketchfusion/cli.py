@@ -305,7 +305,10 @@ def train(
         list[str], typer.Option(help="Of each set, or of all: seen, unseen, all, or a file with a name a line.")
     ] = ["all"],  # noqa: B006
     part: Annotated[
-        list[str] | None, typer.Option(help="Of each set, or of all: train, valid or test, where it has parts; all.")
+        list[str] | None,
+        typer.Option(
+            help="Of each set, or of all: train, valid or test, where it has parts; all for none. [default: all]"
+        ),
     ] = None,
     held_out: Annotated[
         list[str], typer.Option(help="To validate on: a share of each set, or classes: unseen, or a file.")
@@ -345,7 +348,7 @@ def train(
     finetune: Annotated[bool, typer.Option(help="B-Finetuning: train UNet and semantic backbone too.")] = False,
     include_backbones: Annotated[bool, typer.Option(help="Copy the backbones into the checkpoint.")] = False,
     seed: Annotated[int, typer.Option(help="Of batches, views and heads.")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 200,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between two states to resume from.")] = 200,
     validate_every: Annotated[
         int, typer.Option(help="Steps, each with a checkpoint in --out, step-N; 0 for the end only.")
     ] = 0,
@@ -558,9 +561,11 @@ def bench(
         str, typer.Option(help="Bundled name, folder, Hub repository; full: the published shapes, random weights.")
     ] = "mini",
     peers: Annotated[
-        str | None, typer.Option(help="Comma-separated: plain, plain-float32, released, dift; none. All of them.")
+        str | None, typer.Option(help="Comma-separated: plain, plain-float32, released, dift; or none. [default: all]")
     ] = None,
-    size: Annotated[str, typer.Option(help="Sides of the canvas in pixels, comma-separated. The model's.")] = "",
+    size: Annotated[
+        str, typer.Option(help="Sides of the canvas in pixels, comma-separated. [default: the model's]")
+    ] = "",
     batch_size: Annotated[str, typer.Option(help="Images a forward, comma-separated.")] = "1",
     ensemble: Annotated[str, typer.Option(help="Noised copies an image, comma-separated.")] = "1",
     runs: Annotated[int, typer.Option(help="Timed runs; the figures are their medians.")] = 5,

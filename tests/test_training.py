@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -764,6 +765,12 @@ class TestViews:
 
 
 class TestSettings:
+    def test_the_commands_defaults_are_these(self) -> None:
+        of_command = inspect.signature(cli.train).parameters
+        for field in dataclasses.fields(Settings):
+            if field.name != "without":  # an option that can be repeated
+                assert of_command[field.name].default == field.default
+
     @pytest.mark.parametrize(
         ("key", "value"),
         [
