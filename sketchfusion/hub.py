@@ -90,16 +90,10 @@ class Location:
             except hub_errors.RemoteEntryNotFoundError as error:
                 raise MissingFile(f"Hub repository {self} has no {name}") from error
 
-    def commit(self, name: str) -> str | None:
-        """The commit that file `name` is loaded from; None for a folder on disk."""
-        if self.is_local:
-            return None
-        depth = len(Path(self.folder, name).parts)
-        return self.file(name).parents[depth - 1].name
-
     def pinned(self, name: str) -> Location:
-        """This location at the commit that file `name` is loaded from now, so that all its files fit together."""
-        return replace(self, revision=self.commit(name))
+        """This repository at the commit that file `name` is loaded from now, so that all its files fit together."""
+        depth = len(Path(self.folder, name).parts)
+        return replace(self, revision=self.file(name).parents[depth - 1].name)
 
     def safetensors(self, name: str) -> Path:
         """`file`, and it can be opened.

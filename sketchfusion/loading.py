@@ -102,11 +102,11 @@ def find_origin(source: Any, revision: str | None, access: Access, marker: str) 
         raise LoadError(f"{error}; nor is there a folder {text!r} here") from error
 
 
-def recorded(backbone: BackboneConfig, origin: Origin, marker: str) -> BackboneConfig:
-    """`backbone` with the place that `origin` is, pinned to its commit."""
+def recorded(backbone: BackboneConfig, origin: Origin) -> BackboneConfig:
+    """`backbone` with the place that `origin` is, at its commit."""
     if not isinstance(origin, Location):
         return dataclasses.replace(backbone, source=type(origin).__name__, revision=None)
-    return dataclasses.replace(backbone, source=origin.source, revision=origin.commit(marker))
+    return dataclasses.replace(backbone, source=origin.source, revision=origin.revision)
 
 
 # Settings of what a backbone sees.
@@ -146,8 +146,8 @@ def default_config(networks: Networks, settings: dict[str, Any]) -> Config:
     semantic = BackboneConfig("", None, native or vision.config.patch_size, *(published or (half, half)))
     width = settings.get("aggregator_width", Config.aggregator_width)
     base = Config(
-        diffusion=recorded(diffusion, networks.origins["diffusion"], MARKERS["diffusion"]),
-        semantic=recorded(semantic, networks.origins["semantic"], MARKERS["semantic"]),
+        diffusion=recorded(diffusion, networks.origins["diffusion"]),
+        semantic=recorded(semantic, networks.origins["semantic"]),
     ).to_dict()
     if isinstance(width, int) and width >= 4:  # what else it may be is refused below
         base["aggregator_groups"] = math.gcd(width // 4, unet.config.norm_num_groups)

@@ -205,7 +205,7 @@ class SketchFusion(nn.Module):
             backbone: BackboneConfig = getattr(config, name)
             if override is not None:
                 origins[name] = find_origin(override, None, access, MARKERS[name])
-                config = config.with_backbone(name, recorded(backbone, origins[name], MARKERS[name]))
+                config = config.with_backbone(name, recorded(backbone, origins[name]))
             elif backbone.source.startswith(INSIDE):
                 origins[name] = checkpoint.inside(backbone.source.removeprefix(INSIDE))
             else:
