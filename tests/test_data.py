@@ -30,6 +30,7 @@ from sketchfusion.data import (
     quickdraw,
     split,
 )
+from sketchfusion.data.splits import split_sketches
 from sketchfusion.errors import ConfigError, ImageError
 from sketchfusion.strokes import Strokes
 
@@ -932,6 +933,17 @@ def test_what_was_drawn_from_one_photo_falls_on_its_side() -> None:
     sides = [{record.photo for record in side if record.photo} for side in (kept, held_out)]
     assert sides[0].isdisjoint(sides[1])
     assert all(sides)
+
+
+def test_sketches_held_out_stay_so_in_a_part_of_the_set() -> None:
+    records = tuple(Record(f"{label}{i}.png", "sketch", label) for label in "abc" for i in range(25))
+    whole, few = (DataSet("folder", tuple("abc"), part, "x") for part in (records, records[::2]))
+    kept, apart = split_sketches(whole, 0.2)
+    assert {record.label for record in apart.records} == set("abc")
+    assert not set(kept.records) & set(apart.records)
+    assert set(split_sketches(few, 0.2)[1].records) <= set(apart.records)
+    one = DataSet("folder", ("a",), records[:1], "x")
+    assert [part.records for part in split_sketches(one, 0.2)] == [one.records] * 2
 
 
 def test_rows_of_a_file_are_told_apart_and_seeds_and_folders_count_as_they_should() -> None:

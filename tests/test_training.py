@@ -1034,6 +1034,11 @@ def test_another_number_of_processes_is_another_run(untrained: SketchFusion, sha
     assert identity(*plan, kept=False, processes=1) != identity(*plan, kept=False, processes=2)
 
 
+def whole(job: Any) -> DataSet:
+    """What a job is trained on, as a set."""
+    return DataSet("shapes", (), tuple(job.task.records), "all")
+
+
 class TestJobs:
     @pytest.mark.parametrize("name", ["retrieval", "recognition", "correspondence", "segmentation"])
     def test_what_is_kept_apart_is_not_trained_on(self, name: str, model: SketchFusion, shapes: DataSet) -> None:
@@ -1043,7 +1048,7 @@ class TestJobs:
         assert all(0 <= value <= 1 for value in figures.values())
         assert all("held out" in key for key in figures)
         assert job.apart.images
-        assert not job.apart.images & Apart.of(job.task.records).images
+        assert not job.apart.images & Apart.of(whole(job)).images
 
     def test_retrieval_keeps_whole_classes_apart(self, model: SketchFusion, shapes: DataSet) -> None:
         job = make_job("retrieval", shapes, model, held_out=0.34, images=8)
@@ -1164,15 +1169,28 @@ class TestJobs:
         assert unseen & {record.label for record in alone.task.records}  # which is why
         for job in jobs:
             assert not unseen & {record.label for record in job.task.records}
-            assert not any(set(Apart.of(job.task.records).images) & other.apart.images for other in jobs)
+            assert not any(set(Apart.of(whole(job)).images) & other.apart.images for other in jobs)
             assert job.task.records
         assert "without what others are validated on" in jobs[1].shown
+
+    def test_a_photo_of_sketchy_is_known_in_whatever_copy_it_is(self) -> None:
+        ours = [Record(f"tx_000100000000/cat/{i}.jpg", "photo", "cat", photo=f"cat/{i}") for i in range(3)]
+        copies = [Record(f"EXTEND_image_sketchy/cat/{i}.jpg", "photo", "cat", photo=f"cat/{i}") for i in range(3)]
+        drawn = [Record(f"tx_000000000000/cat/{i}-1.png", "sketch", "cat", photo=f"cat/{i}") for i in range(3)]
+        apart = Apart.of(DataSet("psc6k", ("cat",), tuple(ours[:1]), "held out"))
+        left = apart.taken_from(DataSet("sketchy", ("cat",), (*copies, *drawn), "all")).records
+        assert left == (*copies[1:], *drawn[1:])
+        # In another set a name that is the same is another photo's.
+        assert len(apart.taken_from(DataSet("folder", ("cat",), (*copies, *drawn), "all")).records) == 6
 
     def test_an_image_is_known_behind_a_link(self, shapes: DataSet, tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to(Path(shapes.records[0].path).parent)
         linked = dataclasses.replace(shapes.records[0], path=str(tmp_path / "link" / Path(shapes.records[0].path).name))
         assert linked not in shapes.records
-        assert len(Apart.of([linked]).taken_from(shapes).records) == len(shapes.records) - 1
+        assert (
+            len(Apart.of(dataclasses.replace(shapes, records=(linked,))).taken_from(shapes).records)
+            == len(shapes.records) - 1
+        )
 
     def test_an_image_is_known_in_whatever_set_it_is(self, model: SketchFusion, shapes: DataSet) -> None:
         """PSC6K's images are Sketchy's, with key points; TU-Berlin spells classes in another way."""

@@ -86,13 +86,13 @@ def _record(
     parts: Mapping[str, Mapping[str, tuple[float, float]]],
 ) -> Record:
     path = f"{root}/{kind}/{name}"
-    left, top, width, height = _tight(path)
+    left, top, width, height = ink_box(path)
     centres = parts.get(Path(name).stem, {}) if width else {}
     points = tuple((part, left + x * width, top + y * height) for part, (x, y) in centres.items())
     return Record(path, kind, LABEL, photo=photo, points=points)
 
 
-def _tight(path: str) -> tuple[int, int, int, int]:
+def ink_box(path: str) -> tuple[int, int, int, int]:
     """Left, top, width and height of the tight box around an image's ink; zeros where there is none."""
     opened = open_image(path)
     if isinstance(opened, Strokes):

@@ -53,16 +53,15 @@ def split_set(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
 
 
 def split_sketches(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
-    """Of each class, sketches that are evenly spaced, one at least: without a query it could not be validated.
-
-    A class's only sketch is on both sides.
+    """`split` of the sketches, by a hash as there, but one at least of each class: without a query it could not be
+    validated. A class's only sketch is on both sides.
     """
     groups: dict[str | None, list[Record]] = defaultdict(list)
     for record in data.sketches:
         groups[record.label].append(record)
-    apart = tuple(record for group in groups.values() for record in spaced(group, max(1, round(share * len(group)))))
+    apart = tuple(r for group in groups.values() for r in split(group, share)[1] or [min(group, key=_fraction)])
     gone = set(apart)
-    kept = tuple(record for group in groups.values() for record in group if record not in gone or len(group) == 1)
+    kept = tuple(r for group in groups.values() for r in group if r not in gone or len(group) == 1)
     return _parts(data, kept, apart, share)
 
 
@@ -73,7 +72,7 @@ def _parts(data: DataSet, kept: tuple[Record, ...], apart: tuple[Record, ...], s
     )
 
 
-def _fraction(record: Record, seed: int) -> float:
+def _fraction(record: Record, seed: int = 0) -> float:
     """A number in [0, 1) that depends on what the record is and on the seed, evenly spread."""
     identity = record.photo or f"{record.label}/{os.path.basename(record.path)}/{record.row}"
     digest = hashlib.blake2b(f"{seed}/{identity}".encode(errors="surrogateescape"), digest_size=6).digest()

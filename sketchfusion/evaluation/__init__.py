@@ -56,7 +56,7 @@ def evaluate(
             the same set. None leaves the default.
 
     Returns:
-        A result for each row; correspondence adds `same-position`, segmentation `whole-photo`.
+        A result for each row; correspondence and segmentation add rows without features, and of another class.
 
     Raises:
         ConfigError: an argument is unknown, illegal or of another protocol.

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..config import check_count
 from ..data import DataError, DataSet, Record, spaced, split
 from ..data.layout import listed
+from ..data.shoes import ink_box
+from ..data.sketchy import EXTENDED
 from ..data.splits import check_share, split_set, split_sketches
 from ..errors import ConfigError, SketchFusionError
 from ..features import Features
@@ -24,7 +26,8 @@ from ..tasks.segmentation import THRESHOLD, check_mask, mask_iou, pixel_accuracy
 from .rows import Extractor
 
 GALLERIES = ("all", "class")
-SAME_POSITION, WHOLE_PHOTO = "same-position", "whole-photo"  # answers without looking
+SAME_POSITION, SAME_IN_INK, WHOLE_PHOTO = "same-position", "same-position-in-ink", "whole-photo"  # without features
+OTHER_CLASS = "fused-other-class"
 THRESHOLDS = torch.arange(-1000, 1001) / 1000  # of the cosine, among which the best in hindsight is looked for
 SHOWN = 8  # queries kept for a report, and photos for each
 
@@ -140,8 +143,10 @@ def fg_sbir(
             f"{data.name} ({data.split}): {len(lost)} of {len(data.sketches)} sketches, such as {lost[0]}, lack the "
             "photo that they were drawn from, and fine-grained retrieval is about that"
         )
-    within = gallery == "class"
-    return _retrieval("fg-sbir", extractor, data, data.photos, lambda record: str(record.photo), within, convention)
+    # Each photo once: the extended set of Sketchy holds the published ones again, and others that nobody drew.
+    published = {record.photo: record for record in reversed(data.photos) if f"/{EXTENDED}/" not in record.path}
+    photos, within = tuple(reversed(published.values())), gallery == "class"
+    return _retrieval("fg-sbir", extractor, data, photos, lambda record: str(record.photo), within, convention)
 
 
 def _ranked(queries: Side, gallery: Side, convention: str) -> Tensor:
@@ -177,11 +182,10 @@ def _retrieval(
         raise DataError(
             f"{data.name} ({data.split}): every photo is right for every sketch, so nothing can be measured"
         )
-    if convention == "sake":  # the queries of an id count as one
-        often = Counter(query_ids)
-        weights, groups = [1 / often[one] for one in query_ids], query_ids
-    else:
-        weights, groups = [1.0] * len(sketches), [_source(sketch) for sketch in sketches]
+    # The queries of an id look for the same photos, so they succeed and fail together; in SAKE's convention their mean
+    # counts as one.
+    often = Counter(query_ids)
+    weights = [1 / often[one] if convention == "sake" else 1.0 for one in query_ids]
     scores, examples = {}, {}
     for row, vectors in _pooled(extractor, [*sketches, *photos]).items():
         vectors = vectors.to(extractor.model.device)
@@ -193,7 +197,7 @@ def _retrieval(
     rules = {"convention": convention} | ({"gallery_of": "class"} if within_class else {})
     return [
         _result(task, row, extractor, data, counts | figures | rules, TIES, examples[row])
-        for row, figures in _averaged(scores, FIGURES, weights, groups).items()
+        for row, figures in _averaged(scores, FIGURES, weights, query_ids).items()
     ]
 
 
@@ -266,8 +270,9 @@ def recognition(
 def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | None = None) -> list[Result]:
     """Key points of a sketch are looked for in the photo that it was drawn from.
 
-    PCK@a is the share of all points that are found within a % of the photo's longer side (PSC6K: of 256 px). The row
-    `same-position` looks at nothing: its answer is the same relative position in the photo.
+    PCK@a is the share of all points that are found within a % of the photo's longer side (PSC6K: of 256 px). Rows
+    without features show what there is to beat: `same-position` answers with the same relative position in the photo;
+    and of the shoes, whose photos are on white, `same-position-in-ink` with that in the tight box around the shoe.
 
     Args:
         extractor: the rows.
@@ -292,7 +297,9 @@ def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | Non
     queue: list[tuple[Record, Record, tuple[str, ...]]] = []
     for photo, sketches in drawn.items():
         queue += [(photo, photo, ()), *((sketch, photo, names) for sketch, names in sketches)]
-    hits: dict[str, list[Tensor]] = {row: [] for row in (*extractor.rows, SAME_POSITION)}
+    on_white = data.name == "shoes"
+    controls = (SAME_POSITION, SAME_IN_INK) if on_white else (SAME_POSITION,)
+    hits: dict[str, list[Tensor]] = {row: [] for row in (*extractor.rows, *controls)}
     sources: list[str] = []  # of each point
     targets: dict[str, Features] = {}
     for start, row, batch in extractor.stream([record for record, _, _ in queue]):
@@ -311,6 +318,10 @@ def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | Non
             hits[row].append(_hits(found, truth, side))
             if row == extractor.rows[0]:
                 hits[SAME_POSITION].append(_hits(points / source * target, truth, side))
+                if on_white:
+                    boxes = (torch.tensor(ink_box(one.path)) for one in (record, photo))
+                    (corner, size), (its_corner, its_size) = (box.split(2) for box in boxes)
+                    hits[SAME_IN_INK].append(_hits((points - corner) / size * its_size + its_corner, truth, side))
                 sources += [_source(record)] * len(points)
     counts = {"pairs": len(hits[SAME_POSITION]), "points": len(sources)}
     scores = {row: torch.cat(parts).double() for row, parts in hits.items()}
@@ -339,7 +350,8 @@ def segmentation(
 
     `miou_best` is the mIoU at the one threshold that suits the row best on this very set: an upper bound, no result.
     It is there because the cosines of different extractors keep to different ranges. The row `whole-photo` looks at
-    nothing: its mask is everything.
+    nothing: its mask is everything. Of several classes, the row `fused-other-class` is `fused` asked by a sketch of
+    the next class: what it finds whatever is asked.
 
     Args:
         extractor: the rows.
@@ -363,21 +375,28 @@ def segmentation(
     _check_classes(data, {"photos with masks": photos, "sketches": drawings})
     asked = _in_turn(photos, drawings, queries)
     used = list(dict.fromkeys(sketch for few in asked for sketch in few))
-    number = {sketch: i for i, sketch in enumerate(used)}
-    vectors = _pooled(extractor, used)
-    rows = (*extractor.rows, WHOLE_PHOTO)
+    names = sorted(map(str, labels))
+    following = dict(zip(names, [*names[1:], names[0]], strict=True))
+    astray = [dataclasses.replace(photo, label=following[str(photo.label)]) for photo in photos]
+    wrong = _in_turn(astray, drawings, queries) if "fused" in extractor.rows and len(names) > 1 else None
+    both = list(dict.fromkeys([*used, *(sketch for few in wrong or () for sketch in few)]))
+    number = {sketch: i for i, sketch in enumerate(both)}
+    vectors = _pooled(extractor, both)
+    rows = (*extractor.rows, *([] if wrong is None else [OTHER_CLASS]), WHOLE_PHOTO)
     scores: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}  # a photo's IoU and pAcc
     curves = {row: torch.zeros(len(THRESHOLDS), dtype=torch.float64) for row in rows}  # the IoUs at each, summed
     for start, row, batch in extractor.stream(photos):
         for i, features in enumerate(batch, start):
             truth = torch.from_numpy(photos[i].read_mask())
             check_mask(photos[i], truth, features.geometry)
-            maps = [similarity(vectors[row][number[one]].to(features.dense.device), features).cpu() for one in asked[i]]
-            masks = [predict(cosines) for cosines in maps]
-            scores[row].append(
-                (fmean(mask_iou(mask, truth) for mask in masks), fmean(pixel_accuracy(mask, truth) for mask in masks))
-            )
-            curves[row] += torch.stack([_ious(cosines, truth) for cosines in maps]).mean(0)
+            asks = {row: asked[i]} | ({OTHER_CLASS: wrong[i]} if row == "fused" and wrong is not None else {})
+            for name, sketches_of in asks.items():
+                ours = [vectors[row][number[one]].to(features.dense.device) for one in sketches_of]
+                maps = [similarity(vector, features).cpu() for vector in ours]
+                masks = [predict(cosines) for cosines in maps]
+                iou, accuracy = (fmean(f(mask, truth) for mask in masks) for f in (mask_iou, pixel_accuracy))
+                scores[name].append((iou, accuracy))
+                curves[name] += torch.stack([_ious(cosines, truth) for cosines in maps]).mean(0)
             if row == extractor.rows[0]:
                 everything = torch.ones_like(truth)
                 scores[WHOLE_PHOTO].append((mask_iou(everything, truth), pixel_accuracy(everything, truth)))
@@ -443,7 +462,7 @@ def _pooled(extractor: Extractor, records: Sequence[Record]) -> dict[str, Tensor
 
 def _source(record: Record) -> str:
     """What was drawn from one photo is not independent."""
-    return record.photo or record.path
+    return record.photo or f"{record.path}:{record.row}"  # a file can hold many drawings
 
 
 def _averaged(

@@ -13,7 +13,7 @@ from .. import plots
 from ..errors import ConfigError
 from ..files import staged
 from ..images import Preprocess
-from .protocols import SAME_POSITION, WHOLE_PHOTO, Example, Result
+from .protocols import OTHER_CLASS, SAME_IN_INK, SAME_POSITION, WHOLE_PHOTO, Example, Result
 from .rows import ROWS
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ def markdown(results: Sequence[Result], featured: Result) -> str:
     first, paper = results[0], paper_of(results[0])
     meanings = ROWS | {
         SAME_POSITION: "the same relative position in the photo, looking at nothing",
+        SAME_IN_INK: "the same relative position in the box around the ink",
+        OTHER_CLASS: "the model, asked by a sketch of another class",
         WHOLE_PHOTO: "everything is the mask, looking at nothing",
     }
     title, *rules = header(first)
@@ -219,7 +221,7 @@ def ahead(results: Sequence[Result]) -> list[list[str]]:
 
 
 def lead_title(result: Result) -> str:
-    one = "id" if result.figures.get("convention") == "sake" else "photo"
+    one = "class" if result.task == "zs-sbir" else "photo"
     return (
         f"How far fused is ahead, ± standard error, for which what belongs to one {one} counts as one "
         f"({result.figures['independent']} in all)"

@@ -33,24 +33,36 @@ TASKS = ("retrieval", "recognition", "correspondence", "segmentation")
 
 
 class Apart(NamedTuple):
-    """What is not to be trained on, whichever loader found it: image files, and classes whatever their spelling."""
+    """What is not to be trained on, whichever loader found it: image files, Sketchy's photos whatever the file, and
+    classes whatever their spelling (not under another name, as "mouse" and "mouse (animal)").
+    """
 
     images: frozenset[tuple[str, int | None]] = frozenset()
+    photos: frozenset[str] = frozenset()
     classes: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, records: Iterable[Record], classes: Iterable[str] = ()) -> Apart:
-        return cls(frozenset(map(_image, records)), frozenset(map(letters, classes)))
+    def of(cls, data: DataSet, classes: Iterable[str] = ()) -> Apart:
+        return cls(frozenset(map(_image, data.records)), _photos(data), frozenset(map(letters, classes)))
 
     def taken_from(self, data: DataSet, words: str = "without what others are validated on") -> DataSet:
         """The rest of a set, which `words` adds to its split."""
         labels = {name for name in data.classes if letters(name) in self.classes}
-        rest = tuple(r for r in data.records if r.label not in labels and _image(r) not in self.images)
+        photos = self.photos & _photos(data)
+        rest = tuple(
+            r for r in data.records
+            if r.label not in labels and _image(r) not in self.images and r.photo not in photos
+        )  # fmt: skip
         if len(rest) == len(data.records):
             return data
         left = {record.label for record in rest}
         classes = tuple(name for name in data.classes if name in left)
         return DataSet(data.name, classes, rest, f"{data.split}, {words}")
+
+
+def _photos(data: DataSet) -> frozenset[str]:
+    """Of PSC6K and of Sketchy, whose extended set has a third copy, the names of the photos, which both share."""
+    return frozenset(r.photo for r in data.records if r.photo) if data.name in ("sketchy", "psc6k") else frozenset()
 
 
 def _image(record: Record) -> tuple[str, int | None]:
@@ -138,12 +150,12 @@ def make_job(
     if isinstance(held_out, DataSet):
         apart = _usable(name, held_out, sketches)
         unseen = held_out.classes if name == "retrieval" and level == "category" else ()
-        kept = Apart.of(held_out.records, unseen).taken_from(data, f"without {held_out.split}")
+        kept = Apart.of(held_out, unseen).taken_from(data, f"without {held_out.split}")
     else:
         by_class = name == "retrieval" and (level == "category" or len(data.classes) > 2)
         kept, apart = _split_classes(data, held_out, level) if by_class else _split_records(data, held_out)
     kept = elsewhere.taken_from(kept)
-    away, watched = Apart.of(apart.records), apart
+    away, watched = Apart.of(apart), apart
     half = max(1, images // 2)
     few = min(images, model.default_batch_size)  # to validate: no more than in a step, for which there is memory
     if name == "retrieval":
@@ -155,7 +167,7 @@ def make_job(
             apart = watched = _usable(name, _drawn_from_photos(apart), None)
             different = {record.photo for record in apart.photos}
         else:
-            away = Apart.of(apart.records, apart.classes)
+            away = Apart.of(apart, apart.classes)
             different = {*apart.classes}
         if len(different) < 2:
             raise SketchFusionError(
@@ -211,7 +223,7 @@ def make_job(
         trained = {record for record in drawn.records if record.label in still}
         asked = [r for r in queries.sketches if r.label in apart.classes and r not in trained]
         watched = dataclasses.replace(apart, records=(*apart.records, *asked))
-        away = Apart.of(watched.records)
+        away = Apart.of(watched)
         drawn = elsewhere.taken_from(away.taken_from(drawn))
         task = Segmentation(kept, drawn, pairs=half)
 
