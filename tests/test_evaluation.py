@@ -547,7 +547,9 @@ def test_what_is_found_whatever_is_asked(tmp_path: Path) -> None:
     assert (fused.row, other.row) == ("fused", "fused-other-class")
     assert (fused.figures["miou"], other.figures["miou"]) == pytest.approx((1, 0), abs=0.1)
     assert other.figures["fused_ahead"]["miou"]["mean"] == pytest.approx(1, abs=0.1)
-    alone = [result.row for result in segmentation(extractor, photos.of_classes(["a"], "one"), sketches)]
+    alone = [
+        result.row for result in segmentation(extractor, *(one.of_classes(["a"], "a") for one in (photos, sketches)))
+    ]
     assert alone == ["fused", "whole-photo"]
 
 

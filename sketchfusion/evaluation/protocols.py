@@ -350,8 +350,8 @@ def segmentation(
 
     `miou_best` is the mIoU at the one threshold that suits the row best on this very set: an upper bound, no result.
     It is there because the cosines of different extractors keep to different ranges. The row `whole-photo` looks at
-    nothing: its mask is everything. Of several classes, the row `fused-other-class` is `fused` asked by a sketch of
-    the next class: what it finds whatever is asked.
+    nothing: its mask is everything. Where there are sketches of several classes, the row `fused-other-class` is
+    `fused` asked by one of the next class: what it finds whatever is asked.
 
     Args:
         extractor: the rows.
@@ -375,10 +375,12 @@ def segmentation(
     _check_classes(data, {"photos with masks": photos, "sketches": drawings})
     asked = _in_turn(photos, drawings, queries)
     used = list(dict.fromkeys(sketch for few in asked for sketch in few))
-    names = sorted(map(str, labels))
+    names = sorted({str(sketch.label) for sketch in sketches.sketches})
     following = dict(zip(names, [*names[1:], names[0]], strict=True))
     astray = [dataclasses.replace(photo, label=following[str(photo.label)]) for photo in photos]
-    wrong = _in_turn(astray, drawings, queries) if "fused" in extractor.rows and len(names) > 1 else None
+    wrong = None
+    if "fused" in extractor.rows and len(names) > 1:
+        wrong = _in_turn(astray, sketches.sketches, queries)
     both = list(dict.fromkeys([*used, *(sketch for few in wrong or () for sketch in few)]))
     number = {sketch: i for i, sketch in enumerate(both)}
     vectors = _pooled(extractor, both)
