@@ -205,7 +205,7 @@ CARDS = {  # what the checkpoints' cards say: task and data
     "retrieval": ("category-level zero-shot sketch-based image retrieval, on backbones made for it", BACKBONES_DATA),
     "mini": (
         "zero-shot sketch-based image retrieval by class and by photo, correspondence, segmentation and recognition",
-        f"{BACKBONES_DATA}. Then, with annotations: all of these photos of Sketchy, all of these sketches but 52 of "
+        f"{BACKBONES_DATA}. Then, with annotations: all of these images of Sketchy but 52 photos and 52 sketches of "
         "the four animals, and drawings made of 8 of the photos of each class; 40 sketches of each of these classes of "
         "TU-Berlin; two thirds of 203 shoes (a photo and three sketches each, four key points), and four fifths of 540 "
         "photos of cats, dogs and horses from PASCAL VOC with masks; and the 1,000 photos of ImageNet without labels",
