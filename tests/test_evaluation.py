@@ -385,6 +385,9 @@ def test_a_fine_grained_gallery_has_each_photo_once() -> None:
         fg_sbir(extractor, collection(*RETRIEVED.records, *more), gallery="all") for more in ([], extended)
     )
     assert with_them.figures == alone.figures
+    unnamed = [Record(f"p{i}", "photo", "a") for i in (8, 9)]
+    (with_others,) = fg_sbir(extractor, collection(*RETRIEVED.records, *unnamed))
+    assert with_others.figures["gallery"] == 6
 
 
 def test_recognition_fits_to_one_side_and_tests_on_the_other() -> None:

@@ -144,9 +144,9 @@ def fg_sbir(
             "photo that they were drawn from, and fine-grained retrieval is about that"
         )
     # Each photo once: the extended set of Sketchy holds the published ones again, and others that nobody drew.
-    published = {record.photo: record for record in reversed(data.photos) if f"/{EXTENDED}/" not in record.path}
-    photos, within = tuple(reversed(published.values())), gallery == "class"
-    return _retrieval("fg-sbir", extractor, data, photos, lambda record: str(record.photo), within, convention)
+    photos = {r.photo or r.path: r for r in data.photos if f"/{EXTENDED}/" not in r.path}.values()
+    within = gallery == "class"
+    return _retrieval("fg-sbir", extractor, data, tuple(photos), lambda record: str(record.photo), within, convention)
 
 
 def _ranked(queries: Side, gallery: Side, convention: str) -> Tensor:
