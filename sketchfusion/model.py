@@ -556,20 +556,18 @@ class SketchFusion(nn.Module):
         return finish
 
     def _to_host(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], torch.cuda.Event | None]:
-        """Contiguous copies in host memory; on CUDA they are there after the event, made beside the next batch."""
-
-        def copied(tensor: Tensor) -> Tensor:
-            return tensor.to("cpu", memory_format=torch.contiguous_format, non_blocking=self.device.type == "cuda")
-
+        """In host memory; of CUDA contiguous copies, there after the event, and made beside the next batch."""
         if self.device.type != "cuda":
-            return [None if tensor is None else copied(tensor) for tensor in tensors], None
+            return [None if tensor is None else tensor.to("cpu") for tensor in tensors], None
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            for tensor in tensors:
+            copies: list[Tensor | None] = [None] * len(tensors)
+            for i, tensor in enumerate(tensors):
                 if tensor is not None:
                     tensor.record_stream(stream)  # its memory is not another's before it is copied
-            return [None if tensor is None else copied(tensor) for tensor in tensors], stream.record_event()
+                    copies[i] = tensor.to("cpu", memory_format=torch.contiguous_format, non_blocking=True)
+            return copies, stream.record_event()
 
     @torch.inference_mode(False)
     @torch.no_grad()

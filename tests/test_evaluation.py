@@ -332,7 +332,7 @@ def test_standard_errors_take_what_belongs_together_as_one() -> None:
     random = np.random.default_rng(0)
     fused, other = torch.from_numpy(random.random((2, 12, 1)))
     by_itself = [str(i) for i in range(12)]
-    rows = _averaged({"other": other, "fused": fused}, ["acc_1"], [1.0] * 12, by_itself)
+    rows = _averaged({"other": other, "fused": fused}, ["acc_1"], by_itself)
     difference = (fused - other)[:, 0].numpy()
     assert rows["fused"].keys() == {"acc_1", "independent"}
     assert rows["other"]["fused_ahead"]["acc_1"] == {
@@ -341,7 +341,9 @@ def test_standard_errors_take_what_belongs_together_as_one() -> None:
     }
 
     def error(weights: list[float], groups: list[str]) -> tuple[float, int]:
-        found = _averaged({"other": other, "fused": fused}, ["acc_1"], weights, groups)["other"]
+        found = _averaged(
+            {"other": other, "fused": fused}, ["acc_1"], groups, torch.tensor(weights, dtype=torch.float64)
+        )["other"]
         return found["fused_ahead"]["acc_1"]["standard_error"], found["independent"]
 
     of_three = difference.reshape(4, 3).mean(1)  # groups of one size: as if only their means were there
@@ -354,7 +356,7 @@ def test_standard_errors_take_what_belongs_together_as_one() -> None:
     found, count = error([1 / size for size in sizes for _ in range(size)], groups)
     assert (found, count) == (pytest.approx(means.std(ddof=1) / 4**0.5), 4)
     assert error([1.0] * 12, ["one"] * 12) == (None, 1)
-    assert "fused_ahead" not in _averaged({"other": other}, ["acc_1"], [1.0] * 12, by_itself)["other"]
+    assert "fused_ahead" not in _averaged({"other": other}, ["acc_1"], by_itself)["other"]
 
 
 @pytest.mark.parametrize("convention", ["zse", "sake"])

@@ -378,16 +378,16 @@ def table(result: Mapping[str, Any]) -> str:
         title = f"{kind}, {found['images']}"
         lines += ["", f"{title:<14}" + "".join(f"{head:>20}" for head in ("grid", *MEASURES))]
         for name, figures in found["maps"].items():
-            cells = [f"{figures['grid']}×{figures['grid']}", *(_plus_minus(figures[m]) for m in MEASURES)]
+            cells = [f"{figures['grid']}×{figures['grid']}", *(plus_minus(figures[m]) for m in MEASURES)]
             lines.append(f"{name:<14}" + "".join(f"{cell:>20}" for cell in cells))
         lines.append("")
         for claim in (claim for claim in result["claims"] if claim["kind"] == kind):
-            excess = (f"{claim['greater']} − {name} = {_plus_minus(by)}" for name, by in claim["excess_over"].items())
+            excess = (f"{claim['greater']} − {name} = {plus_minus(by)}" for name, by in claim["excess_over"].items())
             lines.append(f"{claim['claim']}: {claim['verdict']} ({claim['measure']}: {', '.join(excess)})")
     return "\n".join(lines)
 
 
-def _plus_minus(figure: Mapping[str, float | None]) -> str:
+def plus_minus(figure: Mapping[str, float | None]) -> str:
     error = figure["standard_error"]
     return f"{figure['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 

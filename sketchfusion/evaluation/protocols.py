@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
+import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from ..errors import ConfigError, SketchFusionError
 from ..features import Features
 from ..tasks.correspondence import match, pck
 from ..tasks.recognition import fit_linear
-from ..tasks.retrieval import CONVENTIONS, FIGURES, TIES, score, search
+from ..tasks.retrieval import CONVENTIONS, FIGURES, TIES, average, query_weights, score, search
 from ..tasks.segmentation import THRESHOLD, check_mask, mask_iou, pixel_accuracy, predict, similarity
 from .rows import Extractor
 
@@ -182,10 +183,6 @@ def _retrieval(
         raise DataError(
             f"{data.name} ({data.split}): every photo is right for every sketch, so nothing can be measured"
         )
-    # The queries of an id look for the same photos, so they succeed and fail together; in SAKE's convention their mean
-    # counts as one.
-    often = Counter(query_ids)
-    weights = [1 / often[one] if convention == "sake" else 1.0 for one in query_ids]
     scores, examples = {}, {}
     for row, vectors in _pooled(extractor, [*sketches, *photos]).items():
         vectors = vectors.to(extractor.model.device)
@@ -197,7 +194,8 @@ def _retrieval(
     rules = {"convention": convention} | ({"gallery_of": "class"} if within_class else {})
     return [
         _result(task, row, extractor, data, counts | figures | rules, TIES, examples[row])
-        for row, figures in _averaged(scores, FIGURES, weights, query_ids).items()
+        # The queries of an id look for the same photos, so they succeed and fail together.
+        for row, figures in _averaged(scores, FIGURES, query_ids, query_weights(query_ids, convention)).items()
     ]
 
 
@@ -260,7 +258,7 @@ def recognition(
         head = fit_linear(vectors[:count], labels[:count], len(classes))
         scores[row] = (head(vectors[count:]).argmax(1) == labels[count:]).double().cpu()[:, None]
     counts = {"train": count, "test": len(tested), "classes": len(classes)}
-    averaged = _averaged(scores, ("acc_1",), [1.0] * len(tested), [_source(record) for record in tested])
+    averaged = _averaged(scores, ("acc_1",), [_source(record) for record in tested])
     return [_result("recognition", row, extractor, data, counts | figures) for row, figures in averaged.items()]
 
 
@@ -301,6 +299,7 @@ def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | Non
     controls = (SAME_POSITION, SAME_IN_INK) if on_white else (SAME_POSITION,)
     hits: dict[str, list[Tensor]] = {row: [] for row in (*extractor.rows, *controls)}
     sources: list[str] = []  # of each point
+    box_of = functools.cache(ink_box)  # of a photo it is asked for each of its sketches
     targets: dict[str, Features] = {}
     for start, row, batch in extractor.stream([record for record, _, _ in queue]):
         for (record, photo, names), features in zip(queue[start : start + len(batch)], batch, strict=True):
@@ -319,13 +318,13 @@ def correspondence(extractor: Extractor, data: DataSet, *, held_out: float | Non
             if row == extractor.rows[0]:
                 hits[SAME_POSITION].append(_hits(points / source * target, truth, side))
                 if on_white:
-                    boxes = (torch.tensor(ink_box(one.path)) for one in (record, photo))
+                    boxes = (torch.tensor(box_of(one.path)) for one in (record, photo))
                     (corner, size), (its_corner, its_size) = (box.split(2) for box in boxes)
                     hits[SAME_IN_INK].append(_hits((points - corner) / size * its_size + its_corner, truth, side))
                 sources += [_source(record)] * len(points)
     counts = {"pairs": len(hits[SAME_POSITION]), "points": len(sources)}
     scores = {row: torch.cat(parts).double() for row, parts in hits.items()}
-    averaged = _averaged(scores, ("pck_5", "pck_10"), [1.0] * len(sources), sources)
+    averaged = _averaged(scores, ("pck_5", "pck_10"), sources)
     return [_result("correspondence", row, extractor, data, counts | figures) for row, figures in averaged.items()]
 
 
@@ -404,7 +403,7 @@ def segmentation(
                 scores[WHOLE_PHOTO].append((mask_iou(everything, truth), pixel_accuracy(everything, truth)))
                 curves[WHOLE_PHOTO] += _ious(everything.float(), truth)
     tables = {row: torch.tensor(pairs, dtype=torch.float64) for row, pairs in scores.items()}
-    averaged = _averaged(tables, ("miou", "pacc"), [1.0] * len(photos), [photo.path for photo in photos])
+    averaged = _averaged(tables, ("miou", "pacc"), [photo.path for photo in photos])
     results = []
     for row in rows:
         by_class = defaultdict(list)
@@ -468,7 +467,7 @@ def _source(record: Record) -> str:
 
 
 def _averaged(
-    scores: Mapping[str, Tensor], names: Sequence[str], weights: Sequence[float], groups: Sequence[str]
+    scores: Mapping[str, Tensor], names: Sequence[str], groups: Sequence[str], weights: Tensor | None = None
 ) -> dict[str, dict[str, Any]]:
     """The metrics of each row, and how far `fused` is ahead of it.
 
@@ -478,26 +477,24 @@ def _averaged(
     Args:
         scores: of each row (n, F) in float64, a line for each query, point or photo.
         names: of the F metrics, which are means of the lines.
-        weights: of the n lines. groups: what each belongs to.
+        groups: what each of the n lines belongs to. weights: (n,), by default all alike.
     """
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     members, count = torch.tensor([number[group] for group in groups]), len(number)
-    counts = torch.tensor(weights, dtype=torch.float64)[:, None]
-
-    def average(values: Tensor) -> Tensor:
-        return (counts * values).sum(0) / counts.sum()  # of ones exactly 1
+    weights = torch.ones(len(groups), dtype=torch.float64) if weights is None else weights
+    share = (weights / weights.sum())[:, None]
 
     def estimate(values: Tensor) -> dict[str, dict[str, float | None]]:
-        mean = average(values)
+        mean = average(values, weights)
         sums = torch.zeros(count, len(names), dtype=torch.float64)
-        sums.index_add_(0, members, counts / counts.sum() * (values - mean))
+        sums.index_add_(0, members, share * (values - mean))
         errors = (sums.square().sum(0) * count / (count - 1)).sqrt().tolist() if count > 1 else [None] * len(names)
         parts = zip(names, mean.tolist(), errors, strict=True)
         return {name: {"mean": value, "standard_error": error} for name, value, error in parts}
 
     averaged: dict[str, dict[str, Any]] = {}
     for row, values in scores.items():
-        averaged[row] = dict(zip(names, average(values).tolist(), strict=True)) | {"independent": count}
+        averaged[row] = dict(zip(names, average(values, weights).tolist(), strict=True)) | {"independent": count}
         if row != "fused" and "fused" in scores:
             averaged[row]["fused_ahead"] = estimate(scores["fused"] - values)
     return averaged

@@ -13,6 +13,7 @@ from .. import plots
 from ..errors import ConfigError
 from ..files import staged
 from ..images import Preprocess
+from .analysis import plus_minus
 from .protocols import OTHER_CLASS, SAME_IN_INK, SAME_POSITION, WHOLE_PHOTO, Example, Result
 from .rows import ROWS
 
@@ -216,7 +217,7 @@ def ahead(results: Sequence[Result]) -> list[list[str]]:
     """How far `fused` is ahead of each other row; nothing where it is not among them, or alone."""
     found = {result.row: result.figures["fused_ahead"] for result in results if "fused_ahead" in result.figures}
     names = [name for name in METRICS[results[0].task] if all(name in figures for figures in found.values())]
-    lines = [[row, *(_plus_minus(**figures[name]) for name in names)] for row, figures in found.items()]
+    lines = [[row, *(plus_minus(figures[name]) for name in names)] for row, figures in found.items()]
     return [["row", *(TITLES[name] for name in names)], *lines] if lines else []
 
 
@@ -226,10 +227,6 @@ def lead_title(result: Result) -> str:
         f"How far fused is ahead, ± standard error, for which what belongs to one {one} counts as one "
         f"({result.figures['independent']} in all)"
     )
-
-
-def _plus_minus(mean: float, standard_error: float | None) -> str:
-    return f"{mean:.3f}" if standard_error is None else f"{mean:.3f} ± {standard_error:.3f}"
 
 
 def by_class(results: Sequence[Result]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -251,22 +252,25 @@ def rank_metrics(
         SketchFusionError: nothing to rank, or values that are not finite.
     """
     scores = score(queries, gallery, query_ids, gallery_ids, convention=convention, block_bytes=block_bytes)
-    if convention == "sake":
-        (ids,) = _ids(query_ids)
-        scores = torch.stack([scores[ids == one].mean(0) for one in ids.unique()])
-    means = dict(zip(FIGURES, scores.mean(0).tolist(), strict=True))
+    means = dict(zip(FIGURES, average(scores, query_weights(query_ids, convention)).tolist(), strict=True))
     return {"queries": len(queries), "gallery": len(gallery), **means, "convention": convention}
 
 
+def query_weights(query_ids: Sequence[str], convention: str) -> Tensor:
+    """How much each query counts in a mean, (Q,) in float64: in SAKE's convention those of an id as one."""
+    often = Counter(query_ids)
+    return torch.tensor([1 / often[one] if convention == "sake" else 1.0 for one in query_ids], dtype=torch.float64)
+
+
+def average(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean over the lines of (N, F): (F,). Of ones it is exactly 1."""
+    return (weights[:, None] * values).sum(0) / weights.sum()
+
+
 def score(
-    queries: Tensor,
-    gallery: Tensor,
-    query_ids: Sequence[str],
-    gallery_ids: Sequence[str],
-    *,
-    convention: str = "zse",
+    queries: Tensor, gallery: Tensor, query_ids: Sequence[str], gallery_ids: Sequence[str], *, convention: str,
     block_bytes: int = BLOCK_BYTES,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """What `rank_metrics` takes the means of: the `FIGURES` of each query, (Q, 6) in float64."""
     if convention not in CONVENTIONS:
         raise ConfigError("convention", f"is {convention!r}", legal=", ".join(CONVENTIONS))

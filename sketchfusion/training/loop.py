@@ -255,10 +255,8 @@ def _learning(model: SketchFusion, jobs: Sequence[Task], settings: Settings) -> 
 def _alone(out: Path) -> Iterator[None]:
     """Meanwhile no other process trains in this folder: its log is locked, where the system has locks."""
     path = out / "log.csv"
-    try:
+    with _written(path):
         file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise SketchFusionError(f"{path}: cannot be written to: {error.strerror or error}") from None
     with file:
         try:
             import fcntl
@@ -582,7 +580,7 @@ class _Journal:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        with self._explained():
+        with _written(self.path):
             lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
             # The last line may be half a line.
             width = [len(fields) for fields in csv.reader(lines)]
@@ -593,7 +591,7 @@ class _Journal:
             self.last = int(kept[-1].partition(",")[0]) if len(kept) > 1 else 0
 
     def write(self, values: dict[str, float]) -> None:
-        with self._explained():
+        with _written(self.path):
             if new := [name for name in values if name not in self.names]:
                 self.names += new
                 before = list(csv.reader(self.path.read_text(encoding="utf-8").splitlines()))[1:]
@@ -605,9 +603,11 @@ class _Journal:
         with self.path.open(mode, encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise SketchFusionError(f"{self.path}: cannot be written to: {error.strerror or error}") from None
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Say which file cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise SketchFusionError(f"{path}: cannot be written to: {error.strerror or error}") from None
