@@ -42,7 +42,7 @@ class Config:
     """
 
     diffusion: BackboneConfig  # Stable Diffusion 1.x or 2.x, in diffusers' layout
-    semantic: BackboneConfig  # CLIP or another vision transformer, in transformers' layout
+    semantic: BackboneConfig  # CLIP or another vision network, in transformers' layout
     timestep: int = 195  # the one diffusion step at which the UNet runs
     noise_seed: int = 0  # noise n_j is drawn from seed noise_seed + j
     ensemble: int = 1  # noised copies averaged an image: 1, or an even number of antithetic members

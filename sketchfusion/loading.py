@@ -132,18 +132,19 @@ def default_config(networks: Networks, settings: dict[str, Any]) -> Config:
             "is not known: the semantic backbone comes without a preprocessor_config.json",
             legal="three numbers, passed as semantic_mean= and semantic_std=",
         )
-    native = getattr(vision.config, "image_size", None)
+    native = semantic_backbone.published_size(vision, networks.origins["semantic"])
+    patch = semantic_backbone.patch_size(vision)
     if native is None and "semantic_image_size" not in settings:
         raise ConfigError(
             "semantic_image_size",
             "is not known: the semantic backbone does not say what it was trained on",
-            legal=f"a multiple of the patch size {vision.config.patch_size}",
+            legal="pixels" if patch == 1 else f"a multiple of the patch size {patch}",
         )
     scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
     half = (0.5, 0.5, 0.5)
     diffusion = BackboneConfig("", None, unet.config.sample_size * scale, half, half)
     # What is not known was given, and is put in and checked with the other settings below.
-    semantic = BackboneConfig("", None, native or vision.config.patch_size, *(published or (half, half)))
+    semantic = BackboneConfig("", None, native or 224, *(published or (half, half)))
     width = settings.get("aggregator_width", Config.aggregator_width)
     base = Config(
         diffusion=recorded(diffusion, networks.origins["diffusion"]),

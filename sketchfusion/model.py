@@ -79,7 +79,7 @@ class SketchFusion(nn.Module):
 
     Attributes:
         diffusion: VAE encoder and UNet, frozen.
-        semantic: vision transformer, frozen.
+        semantic: vision transformer or convolutional network, frozen.
         adapters: what is injected, trainable.
         aggregator: how the tapped maps are fused, trainable.
         preprocess: any image `encode` takes -> its pixels (3, S, S) in [0, 1] on the canvas, and their `Geometry`.
@@ -240,9 +240,10 @@ class SketchFusion(nn.Module):
         Args:
             diffusion: Stable Diffusion 1.x or 2.x: a Hub repository or folder in diffusers' layout, or a loaded
                 pipeline, which is never modified.
-            semantic: a vision transformer: a Hub repository or folder in transformers' layout, or a loaded model. The
-                default is the paper's at 224 px; its 336 px variant, which the released script takes, is published
-                as a pickle, which is not read: load it with transformers, and save it to a folder once.
+            semantic: a vision transformer or a convolutional network: a Hub repository or folder in transformers'
+                layout, or a loaded model. The default is the paper's at 224 px; its 336 px variant, which the released
+                script takes, is published as a pickle, which is not read: load it with transformers, and save it to a
+                folder once.
             null_prompt: (L, cross_attention_dim), the embedding of the empty prompt, for a diffusion backbone
                 without a text encoder; by default the text encoder is loaded once to make it.
             diffusion_revision: branch, tag or commit; the commit it stands for is recorded.
@@ -371,7 +372,7 @@ class SketchFusion(nn.Module):
             ConfigError: an argument is unknown or illegal.
             SketchFusionError: out of memory on the GPU for a single image, or the features overflowed the compute
                 dtype.
-            LoadError: the semantic backbone is no plain vision transformer.
+            LoadError: the semantic backbone gives no tokens of one grid, and no map.
 
         Warns:
             UserWarning: the adapters or the aggregator are untrained; once a model.

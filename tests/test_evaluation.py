@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
 from sketchfusion import ConfigError, Features, ImageError, LoadError, SketchFusion, SketchFusionError
 from sketchfusion.data import DataError, DataSet, Record, limited
@@ -192,6 +192,27 @@ def test_other_encoders_give_what_their_publishers_take(
     with torch.no_grad():
         tokens = network(seen).last_hidden_state[:, 1:]  # after its norm, without CLS
     assert close(found.flatten(2).transpose(1, 2), F.normalize(tokens, dim=2))
+
+
+def test_a_convolutional_encoder_is_a_row(model: SketchFusion, images: list[np.ndarray], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = ResNetModel(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    ).eval()
+    network.save_pretrained(tmp_path)
+    row = str(tmp_path)
+    for written in ({}, {"crop_size": {"height": 48, "width": 48}, "size": {"shortest_edge": 64}}, {"size": 48}):
+        preprocessor = {"image_mean": [0, 0, 0], "image_std": [1, 1, 1], **written}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+        if not written:
+            with pytest.raises(LoadError, match="the size of its images"):
+                Extractor(model, [row])
+            continue
+        found = by_row(Extractor(model, [row]), images)[row].dense
+        pixels = torch.stack([model.preprocess(image)[0] for image in images])
+        seen = F.interpolate(pixels, size=(48, 48), mode="bicubic", antialias=True).clamp(0, 1)
+        with torch.no_grad():
+            assert close(found, F.normalize(network(seen).last_hidden_state, dim=1))
 
 
 def test_an_encoder_whose_patches_leave_a_rest_sees_whole_patches(

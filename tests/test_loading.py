@@ -990,6 +990,75 @@ def test_vision_transformers(
     assert torch.allclose(load(tmp_path / "complete").semantic(pixels), expected, atol=1e-5)
 
 
+CONVOLUTIONAL: dict[str, dict[str, Any]] = {
+    "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"},
+    "ConvNext": {"hidden_sizes": [8, 12], "depths": [1, 1], "num_stages": 2, "image_size": 32},  # it has a patch_size
+    "EfficientNet": {
+        "width_coefficient": 1.0,
+        "depth_coefficient": 0.5,
+        "hidden_dim": 1280,
+        "image_size": 32,
+        "hidden_act": "relu6",
+        "squeeze_expansion_ratio": 0.0,
+    },
+}
+
+
+def write_convolutional(name: str, folder: Path) -> Any:
+    """A network of convolutions with random weights, as published: the size of its images is in one file or another."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**CONVOLUTIONAL[name])
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(tensor.data, 0.5, 1)
+    model.save_pretrained(folder)
+    written = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(written))
+    return model
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_convolutional_networks(backbones: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Their last map is the token grid, whatever its side and width are called in the configuration."""
+    library = write_convolutional(name, tmp_path / "vision")
+    means: dict[str, Any] = {"semantic_mean": [0.5] * 3, "semantic_std": [0.5] * 3}
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = library(pixels * 2 - 1).last_hidden_state
+    assert expected.ndim == 4
+    assert expected.std() > 0.01
+    published = build(backbones["diffusion"], tmp_path / "vision")
+    assert published.config.semantic.image_size == 32
+    for model in (published, build(backbones["diffusion"], library, **means, semantic_image_size=32)):
+        assert (model.semantic.width, model.semantic.grid) == (expected.shape[1], expected.shape[2])
+        assert torch.allclose(model.semantic(pixels), expected, atol=1e-5)
+    assert all(parameter.is_contiguous() for parameter in library.parameters())  # what was passed is as it was
+    assert build(backbones["diffusion"], tmp_path / "vision", semantic_image_size=67).semantic(pixels).shape[2] >= 2
+    published.save_pretrained(tmp_path / "complete", include_backbones=True)
+    again = load(tmp_path / "complete")
+    assert torch.allclose(again.semantic(pixels), expected, atol=1e-5)
+    assert torch.isfinite(again.encode(Image.new("RGB", (40, 30))).pooled).all()
+
+
+def test_a_convolutional_network_that_does_not_say_its_size(backbones: dict[str, Path], tmp_path: Path) -> None:
+    library = write_convolutional("ResNet", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": 0.5}')
+    for source in (tmp_path, library):
+        with pytest.raises(ConfigError, match=r"semantic_image_size.* is not known.*pixels"):
+            build(backbones["diffusion"], source, **MEANS)
+
+
+def test_a_network_of_several_grids_is_refused(backbones: dict[str, Path]) -> None:
+    swin = transformers.SwinModel(
+        transformers.SwinConfig(
+            image_size=32, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4
+        )
+    )
+    model = build(backbones["diffusion"], swin, **MEANS)
+    refused(lambda: features(model), "SwinModel", "16×16 patches", "convolutional network")
+
+
 def test_old_names_of_the_vaes_attention(parts: dict[str, Path]) -> None:
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     pattern = re.compile(r"(attentions\.0\.)(to_q|to_k|to_v|to_out\.0)")

@@ -1,4 +1,4 @@
-"""The two frozen networks: diffusion (VAE and UNet) and semantic (a vision transformer)."""
+"""The two frozen networks: diffusion (VAE and UNet) and semantic (a vision transformer or a convolutional network)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Semantic backbone: CLIP's vision tower, or any other vision transformer that transformers knows -> token grid."""
+"""Semantic backbone: CLIP's vision tower, or another vision network that transformers knows -> token grid."""
 
 from __future__ import annotations
 
@@ -20,29 +20,38 @@ from ..errors import ConfigError, LoadError
 from ..hub import Location, MissingFile, undisturbed
 from . import Frozen, Triple, shared_copy
 
+PLAIN = "the semantic backbone has to be a plain vision transformer or a convolutional network"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 
 
 class SemanticBackbone(Frozen):
-    """Frozen vision transformer: image -> the patch tokens of its last layer.
+    """Frozen vision transformer: image -> the patch tokens of its last layer; or convolutional network: its last map.
 
     Args:
         model: a transformers vision model.
-        image_size: side of the canvas it sees, pixels; patches of the model's `patch_size` tile it.
+        image_size: side of the canvas it sees, pixels; patches of a transformer's `patch_size` tile it.
         mean, std: pixels in [0, 1] become (pixels - mean) / std.
         published: the tokens are `last_hidden_state`, as who published the model takes them, which DINOv2 and SigLIP
-            give after a last norm; otherwise `hidden_states[-1]`, before it. For CLIP both are the same.
+            give after a last norm; otherwise `hidden_states[-1]`, before it. For CLIP both are the same, and a map is
+            `last_hidden_state` always.
 
     Raises:
         ConfigError: `image_size` is no multiple of the patch size.
+        LoadError: the model gives neither.
     """
 
     def __init__(self, model: Any, *, image_size: int, mean: Triple, std: Triple, published: bool = False):
         super().__init__(mean, std)
-        patch = model.config.patch_size
+        patch = patch_size(model)
         if image_size % patch:
             raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
-        self.model, self.image_size, self.grid, self.published = model, image_size, image_size // patch, published
+        self.model, self.image_size, self.published = model, image_size, published
+        self.convolutional = not is_transformer(model)
+        if self.convolutional:
+            self.width, self.grid = map_shape(model, image_size)
+            model.to(memory_format=torch.channels_last)
+        else:
+            self.width, self.grid = int(model.config.hidden_size), image_size // patch
         # Models that do not adapt their positions to the canvas by themselves take a keyword for it.
         adapts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         native = getattr(model.config, "image_size", image_size) == image_size
@@ -54,27 +63,51 @@ class SemanticBackbone(Frozen):
         """The compute dtype."""
         return next(self.model.parameters()).dtype
 
-    @property
-    def width(self) -> int:
-        """Channels of a token."""
-        return int(self.model.config.hidden_size)
-
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3, S, S) in [0, 1], any S -> token grid (N, width, t, t), t = image_size / patch size."""
+        """Pixels (N, 3, S, S) in [0, 1], any S -> token grid (N, width, t, t), t = `grid`."""
         if pixels.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         inputs = self.normalized(pixels).to(self.dtype)
+        if self.convolutional:
+            found: Tensor = self.model(inputs).last_hidden_state
+            return found
         outputs = self.model(inputs, output_hidden_states=True, **self._arguments)
         hidden = outputs.last_hidden_state if self.published else outputs.hidden_states[-1]
         if hidden.shape[1] < self.grid**2:
             raise LoadError(
                 f"{type(self.model).__name__} returns {hidden.shape[1]} tokens for {self.grid}×{self.grid} patches: "
-                "the semantic backbone has to be a plain vision transformer"
+                f"{PLAIN}"
             )
         # Special tokens (CLS, registers, distillation) come first, whatever their number.
         patches = hidden[:, -(self.grid**2) :]
         return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+
+def is_transformer(model: Any) -> bool:
+    """Whether it cuts its canvas into patches, a token each all the way: convolutional ones have widths, not one."""
+    return all(isinstance(getattr(model.config, key, None), int) for key in ("patch_size", "hidden_size"))
+
+
+def patch_size(model: Any) -> int:
+    """What the side of the canvas has to be a multiple of."""
+    return int(model.config.patch_size) if is_transformer(model) else 1
+
+
+def map_shape(model: nn.Module, image_size: int) -> tuple[int, int]:
+    """Channels and side of the last map, which configurations do not tell: looked up on torch's meta device.
+
+    Raises:
+        LoadError: there is no square map.
+    """
+    dtype = next(model.parameters()).dtype
+    pixels = torch.empty(1, 3, image_size, image_size, dtype=dtype, device="meta")
+    shape: tuple[int, ...] = ()
+    with suppress(AttributeError, RuntimeError, TypeError, ValueError):  # whatever another kind of model says to pixels
+        shape = shared_copy(model).to("meta")(pixels).last_hidden_state.shape
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise LoadError(f"{type(model).__name__} gives no tokens of one grid of patches, and no map: {PLAIN}")
+    return shape[1], shape[2]
 
 
 def load(origin: Location | Any, dtype: torch.dtype) -> Any:
@@ -100,8 +133,6 @@ def load(origin: Location | Any, dtype: torch.dtype) -> Any:
             f"{type(origin).__name__} is no transformers model: the semantic backbone is a vision transformer, loaded, "
             "in a folder in transformers' layout or on the Hub"
         )
-    if not isinstance(getattr(model.config, "patch_size", None), int):
-        raise LoadError(f"{type(model).__name__} has no patch_size: the semantic backbone is a vision transformer")
     return model
 
 
@@ -113,18 +144,14 @@ def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | N
     """
     if not isinstance(origin, Location):
         return (CLIP_MEAN, CLIP_STD) if origin.config.model_type.startswith("clip") else None
-    for name in PREPROCESSORS:
-        with suppress(MissingFile):
-            path = origin.file(name)
-            break
-    else:
+    preprocessor = _preprocessor(origin)
+    if preprocessor is None:
         config = origin.file("config.json")
         with origin.explained(f"reading {config}"):
             clip = json.loads(config.read_text(encoding="utf-8")).get("model_type", "").startswith("clip")
         return (CLIP_MEAN, CLIP_STD) if clip else None
+    path, values = preprocessor
     with origin.explained(f"reading {path}"):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values = values.get("image_processor", values)
         if not values.get("do_rescale", True):
             raise LoadError(f"{path} does not rescale pixels to [0, 1], which this backbone does: pass another")
         if not values.get("do_normalize", True):
@@ -134,6 +161,35 @@ def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | N
             return None
         mean, std = (np.broadcast_to(np.asarray(value, float), 3).tolist() for value in (mean, std))
         return tuple(mean), tuple(std)
+
+
+def published_size(model: Any, origin: Location | Any) -> int | None:
+    """Side of the images it was published to see, pixels: from its configuration, else from the preprocessor's file.
+
+    Raises:
+        LoadError: the file cannot be read.
+    """
+    size = getattr(model.config, "image_size", None)
+    if size is None and isinstance(origin, Location) and (preprocessor := _preprocessor(origin)):
+        values = preprocessor[1]
+        size = values.get("crop_size") or values.get("size")  # what is cropped out in the end, if anything is
+        if isinstance(size, dict):
+            size = size.get("height", size.get("shortest_edge"))
+    return size if isinstance(size, int) else None
+
+
+def _preprocessor(origin: Location) -> tuple[Path, dict[str, Any]] | None:
+    """The preprocessor's file, and what it says of images."""
+    for name in PREPROCESSORS:
+        with suppress(MissingFile):
+            path = origin.file(name)
+            break
+    else:
+        return None
+    with origin.explained(f"reading {path}"):
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        inner: dict[str, Any] = values.get("image_processor", values)
+        return path, inner
 
 
 def save_complete(origin: Location | Any, target: Path) -> None:

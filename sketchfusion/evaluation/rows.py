@@ -192,7 +192,7 @@ def mean_pooled(dense: Tensor, geometry: Geometry) -> Features:
 
 
 def load_encoder(source: str, device: torch.device, dtype: torch.dtype) -> SemanticBackbone:
-    """A vision transformer that transformers knows, seeing what it was published to see, giving what it gives.
+    """A vision network that transformers knows, seeing what it was published to see, giving what it gives.
 
     Args:
         source: a folder in transformers' layout, or a Hub repository.
@@ -203,12 +203,13 @@ def load_encoder(source: str, device: torch.device, dtype: torch.dtype) -> Seman
     origin = find_origin(source, None, Access(None, None, False), MARKERS["semantic"])
     network = semantic.load(origin, dtype)
     normalisation = semantic.published_normalisation(origin)
-    size = getattr(network.config, "image_size", None)
-    if normalisation is None or not isinstance(size, int):
-        missing = f"the size of its images in {MARKERS['semantic']}"
+    size = semantic.published_size(network, origin)
+    if normalisation is None or size is None:
+        missing = f"the size of its images in {MARKERS['semantic']} and {semantic.PREPROCESSORS[0]}"
         if normalisation is None:
             missing = f"{semantic.PREPROCESSORS[0]}, which tells its normalisation"
         raise LoadError(f"{source} lacks {missing}: the row would mean nothing")
-    whole = size // network.config.patch_size * network.config.patch_size  # some have a rest that no patch covers
+    patch = semantic.patch_size(network)
+    whole = size // patch * patch  # some have a rest that no patch covers
     mean, std = normalisation
     return SemanticBackbone(network, image_size=whole, mean=mean, std=std, published=True).to(device)
