@@ -30,6 +30,10 @@ Phases run in order, and can be named one by one: `python examples/train_mini.py
     evaluate   every row of the protocols on what no phase has been trained on, beside what `fusion` alone reaches
                and the same architecture with random weights
 
+With --undistilled the teacher itself, which nothing is distilled from, is the semantic backbone, as transformers'
+EfficientNetModel; then the phase `semantic` only writes it, and the model is DIR/mini-efficientnet. Another DIR than
+that of `mini`; to share its diffusion backbone copy its folder `diffusion` there and leave out `vae` and `unet`.
+
 A phase that is done is skipped, a phase that was killed goes on from its last checkpoint; `--redo` starts the named
 phases afresh. DIR/training.json records the losses, the seconds, the machine and the command of every phase.
 """
@@ -66,7 +70,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, EfficientNetConfig, EfficientNetModel
 
 from sketchfusion import Features, SketchFusion, card
 from sketchfusion.config import Config
@@ -193,23 +197,28 @@ ALONE = ("correspondence", "segmentation", "recognition")
 RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
 TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0, "recognition": 0.5}
 
-BACKBONES_DATA = (
+IMAGES = (
     "Sketchy (83 of its 104 seen classes, 25 photos and 25 sketches each), TU-Berlin (up to 64 sketches a class) and "
     "Quick, Draw! (25 drawings a class) with labels, except for the held-out classes, and for the papers' 21 unseen "
     "classes of Sketchy, which none of these selections has under any name; ImageNet photos (16,000 of Tiny "
-    "ImageNet, 1,000 others) and 689 photos of animals from PASCAL VOC without labels. The teacher, EfficientNet-Lite0 "
-    "(Apache-2.0), was trained on ImageNet with labels, and knows some of the held-out classes from there. The "
-    "held-out images were looked at during development, so the figures on them are optimistic"
+    "ImageNet, 1,000 others) and 689 photos of animals from PASCAL VOC without labels"
+)
+KNOWN = (
+    "EfficientNet-Lite0 (Apache-2.0), was trained on ImageNet with labels, and knows some of the held-out classes from "
+    "there. The held-out images were looked at during development, so the figures on them are optimistic"
+)
+BACKBONES_DATA = f"{IMAGES}. The teacher, {KNOWN}"
+TASKS = "zero-shot sketch-based image retrieval by class and by photo, correspondence, segmentation and recognition"
+TASKS_DATA = (
+    "Then, with annotations: all of these images of Sketchy but 52 photos and 52 sketches of "
+    "the four animals, and drawings made of 8 of the photos of each class; 40 sketches of each of these classes of "
+    "TU-Berlin; two thirds of 203 shoes (a photo and three sketches each, four key points), and four fifths of 540 "
+    "photos of cats, dogs and horses from PASCAL VOC with masks; and the 1,000 photos of ImageNet without labels"
 )
 CARDS = {  # what the checkpoints' cards say: task and data
     "retrieval": ("category-level zero-shot sketch-based image retrieval, on backbones made for it", BACKBONES_DATA),
-    "mini": (
-        "zero-shot sketch-based image retrieval by class and by photo, correspondence, segmentation and recognition",
-        f"{BACKBONES_DATA}. Then, with annotations: all of these images of Sketchy but 52 photos and 52 sketches of "
-        "the four animals, and drawings made of 8 of the photos of each class; 40 sketches of each of these classes of "
-        "TU-Berlin; two thirds of 203 shoes (a photo and three sketches each, four key points), and four fifths of 540 "
-        "photos of cats, dogs and horses from PASCAL VOC with masks; and the 1,000 photos of ImageNet without labels",
-    ),
+    "mini": (TASKS, f"{BACKBONES_DATA}. {TASKS_DATA}"),
+    "mini-efficientnet": (TASKS, f"{IMAGES}. The semantic backbone, {KNOWN}. {TASKS_DATA}"),
     "mini-correspondence": (
         "correspondence",
         f"{BACKBONES_DATA}. Then two thirds of 203 shoes (a photo and three sketches each, four key points)",
@@ -571,6 +580,34 @@ def save_semantic(model: CLIPVisionModel, out: Path) -> None:
         "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_convert_rgb": True,
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+    }  # fmt: skip
+    (out / "semantic" / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+
+
+def save_efficientnet(out: Path) -> None:
+    """The teacher in transformers' layout: EfficientNet-B0 is the same network with gates, which are left open here."""
+    config = EfficientNetConfig(
+        image_size=224, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, hidden_act="relu6",
+        squeeze_expansion_ratio=0.0,
+    )  # fmt: skip
+    model, teacher = EfficientNetModel(config).eval(), load_teacher()
+    with torch.no_grad():
+        for gate in (block.squeeze_excite for block in model.encoder.blocks):
+            for parameter in gate.parameters():
+                parameter.zero_()
+            gate.expand.bias.fill_(30)  # the sigmoid is 1
+        own = [tensor for name, tensor in model.state_dict().items() if "squeeze_excite" not in name]
+        for tensor, found in zip(own, teacher.state_dict().values(), strict=False):  # of the teacher the classes remain
+            tensor.copy_(found)
+        pixels = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(SEED))
+        mean, std = 127 / 255, 128 / 255
+        given = model((pixels - mean) / std).last_hidden_state
+        torch.testing.assert_close(given, teacher_depths(teacher, pixels)[-1], atol=1e-3, rtol=0)
+    model.half().save_pretrained(out / "semantic")
+    preprocessor = {
+        "image_processor_type": "EfficientNetImageProcessor", "do_resize": True, "size": {"height": 224, "width": 224},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [mean] * 3,
+        "image_std": [std] * 3,
     }  # fmt: skip
     (out / "semantic" / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 
@@ -1446,13 +1483,13 @@ def build_tasks(data: Path, work: Path, cycle: Cycle) -> list[Task]:
     return [Weighted(task, TASKS_WEIGHTS[task.name]) for task in tasks]
 
 
-def train_tasks(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
+def train_tasks(data: Path, out: Path, recorder: Recorder, name: str) -> dict[str, object]:
     model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
     for i, cycle in enumerate(TASKS_CYCLES, 1):
         tasks, run = build_tasks(data, out / "work", cycle), out / "work" / f"tasks{i}"
         recorder.note(cycle=i, images=len({record for task in tasks for record in task.records}))
         train(model, tasks, run, cycle.settings, cache=out / "work" / "cache")  # one that is done does nothing
-    save_checkpoint(model, out, "mini", {})
+    save_checkpoint(model, out, name, {})
     lines = (run / "log.csv").read_text().splitlines()
     last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
     return {
@@ -1545,20 +1582,21 @@ def measures(data: Path, work: Path) -> dict[str, Callable[[Extractor], list[pro
     }
 
 
-def evaluate(data: Path, out: Path) -> dict[str, object]:
-    """Every row of the protocols, before and after the phase `tasks`; and the random twin."""
+def evaluate(data: Path, out: Path, name: str) -> dict[str, object]:
+    """Every row of the protocols, before and after the phase `tasks`; and the random twin of `mini`."""
     measured_by = measures(data, out / "work")
     results: dict[str, dict[str, dict]] = {}
     before = {"retrieval": ["fused"]} if (out / "retrieval").is_dir() else {}
-    for name, rows in ({"mini": list(ROWS)} | before).items():
-        extractor = Extractor(SketchFusion.from_pretrained(out / name, device="cpu"), rows, progress=False)
-        results[name] = {task: rounded(measure(extractor)) for task, measure in measured_by.items()}
-        log.info("%s: %s", name, json.dumps(results[name]))
-    twin = Extractor(random_twin(out / "work" / "random"), ["fused"], progress=False)
-    results["random twin"] = {"zs-sbir": rounded(measured_by["zs-sbir"](twin))}
-    shown = {words: results["mini"][task]["fused"][key] for words, (task, key) in METRICS.items()}
-    save_checkpoint(SketchFusion.from_pretrained(out / "mini", device="cpu", dtype="float32"), out, "mini", shown)
-    size = sum(file.stat().st_size for file in (out / "mini").rglob("*.safetensors"))
+    for which, rows in ({name: list(ROWS)} | before).items():
+        extractor = Extractor(SketchFusion.from_pretrained(out / which, device="cpu"), rows, progress=False)
+        results[which] = {task: rounded(measure(extractor)) for task, measure in measured_by.items()}
+        log.info("%s: %s", which, json.dumps(results[which]))
+    if name == "mini":
+        twin = Extractor(random_twin(out / "work" / "random"), ["fused"], progress=False)
+        results["random twin"] = {"zs-sbir": rounded(measured_by["zs-sbir"](twin))}
+    shown = {words: results[name][task]["fused"][key] for words, (task, key) in METRICS.items()}
+    save_checkpoint(SketchFusion.from_pretrained(out / name, device="cpu", dtype="float32"), out, name, shown)
+    size = sum(file.stat().st_size for file in (out / name).rglob("*.safetensors"))
     return results | {"megabytes": round(size / 1e6, 2)}
 
 
@@ -1575,24 +1613,29 @@ def main() -> None:
     parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}; default: all of them, in this order")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the sets")
     parser.add_argument("--out", type=Path, required=True, help="where the model and the record go")
+    parser.add_argument("--undistilled", action="store_true", help="the teacher itself as the semantic backbone")
     parser.add_argument("--redo", action="store_true", help="start the named phases afresh")
     args = parser.parse_args()
     if unknown := [phase for phase in args.phases if phase not in PHASES]:
         parser.error(f"no such phase: {', '.join(unknown)}")
+    name = "mini-efficientnet" if args.undistilled else "mini"
+    phases = args.phases or [phase for phase in PHASES if phase != "alone" or not args.undistilled]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     (args.out / "work").mkdir(parents=True, exist_ok=True)
     run: dict[str, Callable[[Recorder], dict[str, object] | None]] = {
         "prepare": lambda recorder: prepare(args.data, args.out / "work"),
         "teacher": lambda recorder: make_targets(args.out / "work"),
-        "semantic": lambda recorder: train_semantic(args.out, recorder),
+        "semantic": lambda recorder: (
+            save_efficientnet(args.out) if args.undistilled else train_semantic(args.out, recorder)
+        ),
         "vae": lambda recorder: train_vae(args.out, recorder),
         "unet": lambda recorder: train_unet(args.out, recorder),
         "fusion": lambda recorder: train_fusion(args.out, recorder),
-        "tasks": lambda recorder: train_tasks(args.data, args.out, recorder),
+        "tasks": lambda recorder: train_tasks(args.data, args.out, recorder, name),
         "alone": lambda recorder: train_alone(args.data, args.out, recorder),
-        "evaluate": lambda recorder: evaluate(args.data, args.out),
+        "evaluate": lambda recorder: evaluate(args.data, args.out, name),
     }
-    for phase in args.phases or PHASES:
+    for phase in phases:
         recorder = Recorder(args.out, phase)
         if args.redo:
             recorder.checkpoint.unlink(missing_ok=True)
