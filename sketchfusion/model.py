@@ -167,8 +167,8 @@ class SketchFusion(nn.Module):
         """Load a checkpoint: adapters, aggregator, null prompt and the two backbones that its `config.json` names.
 
         Args:
-            source: tried as a bundled name (`"mini"`, `"mini-correspondence"`, `"mini-segmentation"`), then as an
-                existing folder, then as a Hub repository (`"owner/name"`, or `"owner/name@revision"`).
+            source: tried as a bundled name (`"mini"`, `"mini-vit"`, `"mini-correspondence"`, `"mini-segmentation"`),
+                then as an existing folder, then as a Hub repository (`"owner/name"`, or `"owner/name@revision"`).
             revision: branch, tag or commit of the checkpoint; the backbones pin their own.
             token: Hub token for private and gated repositories; by default the one you logged in with.
             cache_dir: where downloads are kept; by default the Hub client's cache.

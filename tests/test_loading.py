@@ -1034,8 +1034,16 @@ def test_convolutional_networks(backbones: dict[str, Path], tmp_path: Path, name
         assert (model.semantic.width, model.semantic.grid) == (expected.shape[1], expected.shape[2])
         assert torch.allclose(model.semantic(pixels), expected, atol=1e-5)
     assert all(parameter.is_contiguous() for parameter in library.parameters())  # what was passed is as it was
-    assert build(backbones["diffusion"], tmp_path / "vision", semantic_image_size=67).semantic(pixels).shape[2] >= 2
+    stride = 32 // expected.shape[2]
+    wider = build(backbones["diffusion"], tmp_path / "vision", semantic_image_size=32 + stride).semantic
+    assert wider(pixels).shape[2] == wider.grid == expected.shape[2] + 1
+    with pytest.raises(ConfigError, match=f"multiple of the patch size {stride}"):
+        build(
+            backbones["diffusion"], tmp_path / "vision", semantic_image_size=32 + stride // 2
+        )  # its map leaves a rest
+    (tmp_path / "vision" / "LICENSE").write_text("terms")
     published.save_pretrained(tmp_path / "complete", include_backbones=True)
+    assert (tmp_path / "complete" / "semantic" / "LICENSE").read_text() == "terms"
     again = load(tmp_path / "complete")
     assert torch.allclose(again.semantic(pixels), expected, atol=1e-5)
     assert torch.isfinite(again.encode(Image.new("RGB", (40, 30))).pooled).all()
@@ -1045,7 +1053,7 @@ def test_a_convolutional_network_that_does_not_say_its_size(backbones: dict[str,
     library = write_convolutional("ResNet", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": 0.5}')
     for source in (tmp_path, library):
-        with pytest.raises(ConfigError, match=r"semantic_image_size.* is not known.*pixels"):
+        with pytest.raises(ConfigError, match=r"semantic_image_size.* is not known.*patch size"):
             build(backbones["diffusion"], source, **MEANS)
 
 
@@ -1057,6 +1065,48 @@ def test_a_network_of_several_grids_is_refused(backbones: dict[str, Path]) -> No
     )
     model = build(backbones["diffusion"], swin, **MEANS)
     refused(lambda: features(model), "SwinModel", "16×16 patches", "convolutional network")
+
+
+@pytest.mark.parametrize(
+    ("written", "side"),
+    [
+        ({"size": 100}, 96),  # in whole strides of its map
+        ({"size": {"height": 64, "width": 64}}, 64),
+        ({"size": [64, 64]}, 64),
+        ({"size": {"shortest_edge": 96}, "crop_size": {"height": 64, "width": 64}}, 64),
+        ({"size": 96, "crop_size": 64, "do_center_crop": False}, 96),
+        ({"size": {"height": 64, "width": 96}}, 32),  # as the configuration says
+    ],
+)
+def test_sizes_that_convolutional_networks_were_published_with(
+    backbones: dict[str, Path], tmp_path: Path, written: dict[str, Any], side: int
+) -> None:
+    write_convolutional("EfficientNet", tmp_path)
+    preprocessor = {"image_mean": 0.5, "image_std": 0.5, **written}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    assert build(backbones["diffusion"], tmp_path).config.semantic.image_size == side
+
+
+@pytest.mark.parametrize("top", [{}, {"include_top": True}, {"include_top": False}])
+def test_efficientnets_see_what_their_preprocessor_shows_them(
+    backbones: dict[str, Path], tmp_path: Path, top: dict[str, bool]
+) -> None:
+    """With include_top, its default, it divides by the standard deviation twice."""
+    write_convolutional("EfficientNet", tmp_path)
+    settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.5, 0.4, 0.3], "size": {"height": 32, "width": 32}, **top}
+    preprocessor = transformers.EfficientNetImageProcessor(**settings)
+    preprocessor.save_pretrained(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    shown = preprocessor(image, return_tensors="pt").pixel_values
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    seen = build(backbones["diffusion"], tmp_path).semantic.normalized(pixels)
+    assert torch.allclose(seen, shown, atol=1e-5)
+
+
+def test_blue_before_red_is_refused(backbones: dict[str, Path], tmp_path: Path) -> None:
+    write_convolutional("ResNet", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"do_flip_channel_order": true, "size": 32}')
+    refused(lambda: build(backbones["diffusion"], tmp_path), "blue before red")
 
 
 def test_old_names_of_the_vaes_attention(parts: dict[str, Path]) -> None:

@@ -7,7 +7,7 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..errors import ConfigError, LoadError
 from ..hub import Location, MissingFile, undisturbed
 from . import Frozen, Triple, shared_copy
 
-PLAIN = "the semantic backbone has to be a plain vision transformer or a convolutional network"
+PLAIN = "the semantic backbone is a plain vision transformer, or a convolutional network that gives a map"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 
 
@@ -42,16 +42,12 @@ class SemanticBackbone(Frozen):
 
     def __init__(self, model: Any, *, image_size: int, mean: Triple, std: Triple, published: bool = False):
         super().__init__(mean, std)
-        patch = patch_size(model)
+        self.width, patch, self.convolutional = layout(model)
         if image_size % patch:
             raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
-        self.model, self.image_size, self.published = model, image_size, published
-        self.convolutional = not is_transformer(model)
+        self.model, self.image_size, self.grid, self.published = model, image_size, image_size // patch, published
         if self.convolutional:
-            self.width, self.grid = map_shape(model, image_size)
             model.to(memory_format=torch.channels_last)
-        else:
-            self.width, self.grid = int(model.config.hidden_size), image_size // patch
         # Models that do not adapt their positions to the canvas by themselves take a keyword for it.
         adapts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         native = getattr(model.config, "image_size", image_size) == image_size
@@ -74,40 +70,40 @@ class SemanticBackbone(Frozen):
             return found
         outputs = self.model(inputs, output_hidden_states=True, **self._arguments)
         hidden = outputs.last_hidden_state if self.published else outputs.hidden_states[-1]
-        if hidden.shape[1] < self.grid**2:
-            raise LoadError(
-                f"{type(self.model).__name__} returns {hidden.shape[1]} tokens for {self.grid}×{self.grid} patches: "
-                f"{PLAIN}"
-            )
+        if hidden.ndim != 3 or hidden.shape[1] < self.grid**2:
+            what = f"{type(self.model).__name__} returns {tuple(hidden.shape)} for {self.grid}×{self.grid} patches"
+            raise LoadError(f"{what}: {PLAIN}")
         # Special tokens (CLS, registers, distillation) come first, whatever their number.
         patches = hidden[:, -(self.grid**2) :]
         return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
 
-def is_transformer(model: Any) -> bool:
-    """Whether it cuts its canvas into patches, a token each all the way: convolutional ones have widths, not one."""
-    return all(isinstance(getattr(model.config, key, None), int) for key in ("patch_size", "hidden_size"))
+class Layout(NamedTuple):
+    """How a model cuts its canvas into tokens."""
+
+    width: int  # channels of a token
+    patch: int  # its side in pixels, which divides that of the canvas; of a map the stride
+    convolutional: bool
 
 
-def patch_size(model: Any) -> int:
-    """What the side of the canvas has to be a multiple of."""
-    return int(model.config.patch_size) if is_transformer(model) else 1
-
-
-def map_shape(model: nn.Module, image_size: int) -> tuple[int, int]:
-    """Channels and side of the last map, which configurations do not tell: looked up on torch's meta device.
+def layout(model: Any) -> Layout:
+    """A transformer's configuration tells; a convolutional network's map is looked at, on torch's meta device.
 
     Raises:
-        LoadError: there is no square map.
+        LoadError: the model is neither.
     """
-    dtype = next(model.parameters()).dtype
-    pixels = torch.empty(1, 3, image_size, image_size, dtype=dtype, device="meta")
-    shape: tuple[int, ...] = ()
-    with suppress(AttributeError, RuntimeError, TypeError, ValueError):  # whatever another kind of model says to pixels
-        shape = shared_copy(model).to("meta")(pixels).last_hidden_state.shape
-    if len(shape) != 4 or shape[2] != shape[3]:
-        raise LoadError(f"{type(model).__name__} gives no tokens of one grid of patches, and no map: {PLAIN}")
-    return shape[1], shape[2]
+    width, patch = (getattr(model.config, key, None) for key in ("hidden_size", "patch_size"))
+    if isinstance(width, int) and isinstance(patch, int):
+        return Layout(width, patch, False)
+    name, side = type(model).__name__, 256  # of which every stride is a divisor
+    pixels = torch.empty(1, 3, side, side, dtype=next(model.parameters()).dtype, device="meta")
+    try:
+        shape = shared_copy(model).eval().to("meta")(pixels).last_hidden_state.shape
+    except Exception as error:  # whatever another kind of model says to pixels
+        raise LoadError(f"{name} does not take images ({str(error).partition(chr(10))[0]}): {PLAIN}") from error
+    if len(shape) != 4 or shape[2] != shape[3] or side % shape[2]:
+        raise LoadError(f"{name} gives {tuple(shape)} for {side}×{side} pixels, which is no map: {PLAIN}")
+    return Layout(shape[1], side // shape[2], True)
 
 
 def load(origin: Location | Any, dtype: torch.dtype) -> Any:
@@ -130,8 +126,8 @@ def load(origin: Location | Any, dtype: torch.dtype) -> Any:
         model = (copied.vision_model if hasattr(copied.config, "vision_config") else copied).to(dtype)
     else:
         raise LoadError(
-            f"{type(origin).__name__} is no transformers model: the semantic backbone is a vision transformer, loaded, "
-            "in a folder in transformers' layout or on the Hub"
+            f"{type(origin).__name__} is no transformers model: the semantic backbone is a vision transformer or "
+            "a convolutional network, loaded, in a folder in transformers' layout or on the Hub"
         )
     return model
 
@@ -152,30 +148,41 @@ def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | N
         return (CLIP_MEAN, CLIP_STD) if clip else None
     path, values = preprocessor
     with origin.explained(f"reading {path}"):
-        if not values.get("do_rescale", True):
+        if not values.get("do_rescale", True) or values.get("rescale_offset"):
             raise LoadError(f"{path} does not rescale pixels to [0, 1], which this backbone does: pass another")
+        if values.get("do_flip_channel_order"):
+            raise LoadError(f"{path} asks for blue before red, which is not done here: pass another backbone")
         if not values.get("do_normalize", True):
             return (0.0,) * 3, (1.0,) * 3
         mean, std = (values.get(key) for key in ("image_mean", "image_std"))
         if mean is None or std is None:
             return None
         mean, std = (np.broadcast_to(np.asarray(value, float), 3).tolist() for value in (mean, std))
+        if str(values.get("image_processor_type")).startswith("EfficientNet") and values.get("include_top", True):
+            std = [value**2 for value in std]  # that class divides by it twice
         return tuple(mean), tuple(std)
 
 
 def published_size(model: Any, origin: Location | Any) -> int | None:
-    """Side of the images it was published to see, pixels: from its configuration, else from the preprocessor's file.
+    """Side of the images it was published to see, in whole patches of pixels, where that is written.
 
     Raises:
-        LoadError: the file cannot be read.
+        LoadError: the preprocessor's file cannot be read.
     """
-    size = getattr(model.config, "image_size", None)
-    if size is None and isinstance(origin, Location) and (preprocessor := _preprocessor(origin)):
-        values = preprocessor[1]
-        size = values.get("crop_size") or values.get("size")  # what is cropped out in the end, if anything is
+    _, patch, convolutional = layout(model)
+    preprocessor = _preprocessor(origin) if isinstance(origin, Location) else None
+    values = preprocessor[1] if preprocessor else {}
+    cropped = values.get("crop_size") if values.get("do_center_crop", True) else None
+    sizes = [getattr(model.config, "image_size", None), cropped or values.get("size")]
+    # A convolutional network has no use for the size in its configuration, which may be any.
+    for size in reversed(sizes) if convolutional else sizes:
         if isinstance(size, dict):
-            size = size.get("height", size.get("shortest_edge"))
-    return size if isinstance(size, int) else None
+            size = size.get("shortest_edge", [size.get("height"), size.get("width")])
+        if isinstance(size, list | tuple) and len(set(size)) == 1:
+            size = size[0]
+        if isinstance(size, int):
+            return size // patch * patch  # some have a rest that no patch covers
+    return None
 
 
 def _preprocessor(origin: Location) -> tuple[Path, dict[str, Any]] | None:
@@ -189,7 +196,7 @@ def _preprocessor(origin: Location) -> tuple[Path, dict[str, Any]] | None:
     with origin.explained(f"reading {path}"):
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         inner: dict[str, Any] = values.get("image_processor", values)
-        return path, inner
+        return path, dict(inner)
 
 
 def save_complete(origin: Location | Any, target: Path) -> None:
@@ -199,6 +206,6 @@ def save_complete(origin: Location | Any, target: Path) -> None:
             origin.save_pretrained(target)
         return
     origin.copy_model(target, "model")
-    for name in PREPROCESSORS:
+    for name in (*PREPROCESSORS, "LICENSE"):
         with suppress(LoadError):  # not needed, and nice to have for who loads the folder with transformers
             shutil.copyfile(origin.file(name), target / name)

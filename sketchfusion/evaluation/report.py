@@ -163,7 +163,7 @@ def markdown(results: Sequence[Result], featured: Result) -> str:
         f"# {title}",
         "  \n".join(rules),
         pipes(table(results)),
-        "\n".join(f"- `{one.row}`: {meanings.get(one.row, 'another encoder, its patch tokens')}" for one in results),
+        "\n".join(f"- `{one.row}`: {meanings.get(one.row, 'another encoder, its tokens')}" for one in results),
         "Rows that lack something lack it at test time: there is one trained model.",
     ]
     if lead := ahead(results):

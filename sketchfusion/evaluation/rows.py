@@ -27,7 +27,7 @@ from ..model import SketchFusion
 from ..progress import Progress
 
 ROWS = {  # the built-in ones, in words
-    "semantic": "semantic backbone alone: its patch tokens",
+    "semantic": "semantic backbone alone: its tokens",
     "diffusion": "diffusion backbone alone: its tapped maps side by side, nothing injected",
     "semantic+diffusion": "both backbones side by side, nothing injected or learned",
     "without-adapters": "nothing injected, learned aggregation",
@@ -209,7 +209,5 @@ def load_encoder(source: str, device: torch.device, dtype: torch.dtype) -> Seman
         if normalisation is None:
             missing = f"{semantic.PREPROCESSORS[0]}, which tells its normalisation"
         raise LoadError(f"{source} lacks {missing}: the row would mean nothing")
-    patch = semantic.patch_size(network)
-    whole = size // patch * patch  # some have a rest that no patch covers
     mean, std = normalisation
-    return SemanticBackbone(network, image_size=whole, mean=mean, std=std, published=True).to(device)
+    return SemanticBackbone(network, image_size=size, mean=mean, std=std, published=True).to(device)

@@ -198,7 +198,7 @@ def backbones_key(model: SketchFusion) -> str:
     """A digest of all that latents and tokens depend on besides the image: weights, dtype, sizes, normalisation."""
     config = model.config
     sees = [(b.image_size, b.mean, b.std) for b in (config.diffusion, config.semantic)]
-    seen = repr((sees, model.dtype, model.diffusion.vae.config.scaling_factor))
+    seen = repr((sees, model.semantic.grid, model.dtype, model.diffusion.vae.config.scaling_factor))
     return digest(f"{seen} {digest_of(model.diffusion.vae, model.semantic.model)}".encode())
 
 
