@@ -1556,11 +1556,11 @@ def save_checkpoint(model: SketchFusion, out: Path, name: str, metrics: dict[str
 # Evaluation
 
 
-def random_twin(backbones: Path, folder: Path) -> SketchFusion:
-    """The same architecture with every weight random, the adapters too."""
+def random_twin(checkpoint: Path, folder: Path) -> SketchFusion:
+    """The architecture of that checkpoint with every weight random, the adapters too."""
     torch.manual_seed(SEED + 1)
-    AutoModel.from_config(AutoConfig.from_pretrained(backbones / "semantic")).save_pretrained(folder / "semantic")
-    shutil.copy(backbones / "semantic" / "preprocessor_config.json", folder / "semantic")
+    AutoModel.from_config(AutoConfig.from_pretrained(checkpoint / "semantic")).save_pretrained(folder / "semantic")
+    shutil.copy(checkpoint / "semantic" / "preprocessor_config.json", folder / "semantic")
     save_diffusion(folder, vae=AutoencoderKL(**VAE), unet=UNet2DConditionModel(**UNET))
     model = build_fusion(folder)
     for parameter in model.adapters.parameters():
@@ -1606,7 +1606,7 @@ def evaluate(data: Path, out: Path, name: str) -> dict[str, object]:
         extractor = Extractor(model, rows, progress=False)
         results[which] = {task: rounded(measure(extractor)) for task, measure in measured_by.items()}
         log.info("%s: %s", which, json.dumps(results[which]))
-    twin = Extractor(random_twin(out, out / "work" / "random"), ["fused"], progress=False)
+    twin = Extractor(random_twin(out / name, out / "work" / "random"), ["fused"], progress=False)
     results["random twin"] = {"zs-sbir": rounded(measured_by["zs-sbir"](twin))}
     shown = {words: results[name][task]["fused"][key] for words, (task, key) in METRICS.items()}
     save_checkpoint(SketchFusion.from_pretrained(out / name, device="cpu", dtype="float32"), out, name, shown)
