@@ -206,7 +206,7 @@ TASKS_CYCLES = (
 )
 TASKS_CYCLES_OF = {"mini": 2, "mini-vit": 3}
 ALONE = ("correspondence", "segmentation", "recognition")
-RECOGNITION_SKETCHES = 40  # a class, to fit and test a head
+RECOGNITION_SKETCHES, RECOGNITION_TESTED = 40, 10  # a class, to fit and test a head; of all classes, to test it
 TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0, "recognition": 0.5}
 
 IMAGES = (
@@ -1248,8 +1248,8 @@ class Frozen:
     photos: int  # the first so many are photos, the rest sketches
 
 
-def freeze(model: SketchFusion, arrays: Arrays) -> Frozen:
-    """A few photos and sketches of every class, and photos without one."""
+def fusion_rows(arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """Which photos and which sketches the phase takes."""
 
     def some(rows: np.ndarray, count: int) -> np.ndarray:
         return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
@@ -1258,7 +1258,12 @@ def freeze(model: SketchFusion, arrays: Arrays) -> Frozen:
     photos = np.concatenate([*(some(r, FUSION_PHOTOS) for r in shown if len(r)), some(arrays.loose, FUSION_LOOSE)])
     wanted = [FUSION_SKETCHES[0] if len(r) else FUSION_SKETCHES[1] for r in shown]
     by_class = zip(arrays.sketches_by_class, wanted, strict=True)
-    sketches = np.concatenate([some(rows, count) for rows, count in by_class])
+    return photos, np.concatenate([some(rows, count) for rows, count in by_class])
+
+
+def freeze(model: SketchFusion, arrays: Arrays) -> Frozen:
+    """A few photos and sketches of every class, and photos without one."""
+    photos, sketches = fusion_rows(arrays)
     latents, tokens, targets = [], [], []
     for images, maps, rows in (
         (arrays.photos, arrays.photos_targets, photos),
@@ -1458,6 +1463,20 @@ def read_sets(data: Path, work: Path, cycle: Cycle = TASKS_CYCLES[-1]) -> Sets:
     )  # fmt: skip
 
 
+def all_of_tuberlin(data: Path, work: Path) -> tuple[DataSet, DataSet]:
+    """All its classes: sketches to fit a head to, and others to test it on, which `mini` was not trained on."""
+    seen, apart = taken("tuberlin", data, work), taken("tuberlin", data, work, unseen=True)
+    known, sketches = fusion_rows(Arrays(work))[1], catalogue(data, work)["sketches"]
+    trained = {sketches[row].path for row in known}
+    trained |= {record.path for record in limited(seen, TASKS_CYCLES[TASKS_CYCLES_OF["mini"] - 1].tuberlin).records}
+    records = (*seen.records, *apart.records)
+    whole = replace(seen, classes=(*seen.classes, *apart.classes), records=records, split="all classes")
+    new = replace(whole, records=tuple(record for record in records if record.path not in trained))
+    tested = limited(new, RECOGNITION_TESTED)
+    rest = replace(whole, records=tuple(record for record in records if record not in set(tested.records)))
+    return limited(rest, RECOGNITION_SKETCHES), tested
+
+
 def with_drawings(data: DataSet, folder: Path) -> DataSet:
     """A few more photos of each class can be found by a drawing: one that was made of them."""
     drawn, records = {record.photo for record in data.sketches}, list(data.records)
@@ -1599,6 +1618,9 @@ def measures(data: Path, work: Path) -> dict[str, Callable[[Extractor], list[pro
 def evaluate(data: Path, out: Path, name: str) -> dict[str, object]:
     """Every row of the protocols, before and after the phase `tasks`; and the random twin."""
     measured_by = measures(data, out / "work")
+    if name == "mini":  # the semantic backbone of the other one was trained on all these sketches
+        fitted, tested = all_of_tuberlin(data, out / "work")
+        measured_by["recognition, all classes"] = lambda rows: protocols.recognition(rows, fitted, test=tested)
     results: dict[str, dict[str, dict]] = {}
     before = {"retrieval": ["fused"]} if (out / "retrieval").is_dir() else {}
     for which, rows in ({name: list(ROWS)} | before).items():
