@@ -108,7 +108,7 @@ class Location:
             remedy = "replace it" if self.is_local else f"delete {path.resolve()} and load again"
             raise LoadError(
                 f"{posixpath.join(self.folder, name)} of {self} is no valid safetensors file "
-                f"(cut short, corrupt, a pickle, or a git-lfs pointer; {_one_line(error)}): {remedy}"
+                f"(cut short, corrupt, a pickle, or a git-lfs pointer; {one_line(error)}): {remedy}"
             ) from error
 
     def weights(self, stem: str, variant: str | None = None) -> list[Path]:
@@ -231,13 +231,13 @@ class Location:
         if status in (401, 403):
             return f"the Hub refused {action} ({status}): pass a token= that is valid and has the right"
         if status is not None:
-            return f"the Hub answered {status} when {action}, try again later: {_one_line(error)}"
+            return f"the Hub answered {status} when {action}, try again later: {one_line(error)}"
         if caused_by(hub_errors.LocalEntryNotFoundError):
             return (
                 f"{action} failed: it is not in the Hub's cache, and the Hub was not reached (no connection, offline "
                 "mode, or local_files_only=True): load it once with a connection, or pass a folder that holds it"
             )
-        return f"{action} failed: {type(error).__name__}: {_one_line(error)}"
+        return f"{action} failed: {type(error).__name__}: {one_line(error)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -246,7 +246,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 

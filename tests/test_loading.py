@@ -360,6 +360,7 @@ def test_refusals(published: Path, hub: HubServer, repo: str, fault: str) -> Non
 def test_only_a_missing_preprocessor_is_a_missing_preprocessor(hub: HubServer, parts: dict[str, Path]) -> None:
     hub.fail("preprocessor_config.json", "broken")
     refused(lambda: build(DIFFUSION, SEMANTIC), "preprocessor_config.json", "answered 500")
+    assert build(DIFFUSION, SEMANTIC, **MEANS).config.semantic.image_size == 32  # as the configuration says
     hub.heal()
     (parts["semantic"] / "preprocessor_config.json").unlink()
     hub.publish(SEMANTIC, parts["semantic"])

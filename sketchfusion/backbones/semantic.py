@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 
 from ..config import CLIP_MEAN, CLIP_STD
 from ..errors import ConfigError, LoadError
-from ..hub import Location, MissingFile, undisturbed
+from ..hub import Location, MissingFile, one_line, undisturbed
 from . import Frozen, Triple, shared_copy
 
 PLAIN = "the semantic backbone is a plain vision transformer, or a convolutional network that gives a map"
@@ -100,7 +100,7 @@ def layout(model: Any) -> Layout:
     try:
         shape = shared_copy(model).eval().to("meta")(pixels).last_hidden_state.shape
     except Exception as error:  # whatever another kind of model says to pixels
-        raise LoadError(f"{name} does not take images ({str(error).partition(chr(10))[0]}): {PLAIN}") from error
+        raise LoadError(f"{name} does not take images ({one_line(error)}): {PLAIN}") from error
     if len(shape) != 4 or shape[2] != shape[3] or side % shape[2]:
         raise LoadError(f"{name} gives {tuple(shape)} for {side}×{side} pixels, which is no map: {PLAIN}")
     return Layout(shape[1], side // shape[2], True)
@@ -170,19 +170,22 @@ def published_size(model: Any, origin: Location | Any) -> int | None:
         LoadError: the preprocessor's file cannot be read.
     """
     _, patch, convolutional = layout(model)
-    preprocessor = _preprocessor(origin) if isinstance(origin, Location) else None
-    values = preprocessor[1] if preprocessor else {}
-    cropped = values.get("crop_size") if values.get("do_center_crop", True) else None
-    sizes = [getattr(model.config, "image_size", None), cropped or values.get("size")]
+    side = _side(getattr(model.config, "image_size", None))
     # A convolutional network has no use for the size in its configuration, which may be any.
-    for size in reversed(sizes) if convolutional else sizes:
-        if isinstance(size, dict):
-            size = size.get("shortest_edge", [size.get("height"), size.get("width")])
-        if isinstance(size, list | tuple) and len(set(size)) == 1:
-            size = size[0]
-        if isinstance(size, int):
-            return size // patch * patch  # some have a rest that no patch covers
-    return None
+    if (convolutional or side is None) and isinstance(origin, Location) and (preprocessor := _preprocessor(origin)):
+        values = preprocessor[1]
+        cropped = values.get("crop_size") if values.get("do_center_crop", True) else None
+        side = _side(cropped or values.get("size")) or side
+    return None if side is None else side // patch * patch  # some have a rest that no patch covers
+
+
+def _side(size: Any) -> int | None:
+    """224 of 224, [224, 224], {"height": 224, "width": 224} and {"shortest_edge": 224}; None of what is no square."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", [size.get("height"), size.get("width")])
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
+    return size if isinstance(size, int) else None
 
 
 def _preprocessor(origin: Location) -> tuple[Path, dict[str, Any]] | None:
