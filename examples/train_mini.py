@@ -199,15 +199,21 @@ class Cycle:
     recognition: int  # sketches of TU-Berlin a step; 0: recognition is not among the tasks
 
 
-TASKS_CYCLES = (
-    Cycle(Settings(steps=240, lr=3e-3, views=2, checkpoint_every=20), 6, 300, 0),
-    Cycle(Settings(steps=160, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
-    Cycle(Settings(steps=480, lr=2e-3, mixing_lr_scale=10, views=3, checkpoint_every=20), 40, 1000, 32),
-)
-TASKS_CYCLES_OF = {"mini": 2, "mini-vit": 3}
+TASKS_CYCLES = {
+    "mini": (Cycle(Settings(steps=500, lr=3e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 40, 1000, 64),),
+    "mini-vit": (
+        Cycle(Settings(steps=240, lr=3e-3, views=2, checkpoint_every=20), 6, 300, 0),
+        Cycle(Settings(steps=160, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
+        Cycle(Settings(steps=480, lr=2e-3, mixing_lr_scale=10, views=3, checkpoint_every=20), 40, 1000, 32),
+    ),
+}
+# What is bundled are weights between those that `fusion` and `tasks` end with, at this share of the way, which reaches
+# further beyond the classes that were trained on (https://arxiv.org/abs/2109.01903).
+TASKS_SHARE = {"mini": 0.75, "mini-vit": 1.0}
 ALONE = ("correspondence", "segmentation", "recognition")
 RECOGNITION_SKETCHES, RECOGNITION_TESTED = 40, 10  # a class, to fit and test a head; of all classes, to test it
-TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0, "recognition": 0.5}
+TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0}
+RECOGNITION_FULL = 64  # sketches a step with which recognition counts as much as retrieval; with half of them half
 
 IMAGES = (
     "Sketchy (83 of its 104 seen classes, 25 photos and 25 sketches each), TU-Berlin (up to 64 sketches a class) and "
@@ -229,7 +235,7 @@ TASKS_DATA = (
 )
 CARDS = {  # what the checkpoints' cards say: task and data
     "retrieval": ("category-level zero-shot sketch-based image retrieval, on backbones made for it", BACKBONES_DATA),
-    "mini": (TASKS, f"{IMAGES}. The semantic backbone, {KNOWN}. {TASKS_DATA.format(sketches=20)}"),
+    "mini": (TASKS, f"{IMAGES}. The semantic backbone, {KNOWN}. {TASKS_DATA.format(sketches=40)}"),
     "mini-vit": (TASKS, f"{BACKBONES_DATA}. {TASKS_DATA.format(sketches=40)}"),
     "mini-correspondence": (
         "correspondence",
@@ -1444,7 +1450,7 @@ class Sets:
     loose: tuple[Record, ...]  # photos without a class
 
 
-def read_sets(data: Path, work: Path, cycle: Cycle = TASKS_CYCLES[-1]) -> Sets:
+def read_sets(data: Path, work: Path, cycle: Cycle = TASKS_CYCLES["mini"][-1]) -> Sets:
     voc = root_of("voc_animals", data, work)
     shoes, shoes_apart = split_set(load("shoes", root_of("shoes", data, work)), SHOES_APART)
     animals, animals_apart = split_set(load("voc", voc, classes=ANIMALS), ANIMALS_APART)
@@ -1452,29 +1458,28 @@ def read_sets(data: Path, work: Path, cycle: Cycle = TASKS_CYCLES[-1]) -> Sets:
     queries = sketchy.of_classes((*ANIMALS, ANIMAL_APART), "four animals")
     apart = set(queries.records) - set(limited(queries, QUERIES_TRAINED).records)
     loose = find_images(root_of("imagenet_sample", data, work), PHOTOS_TAKEN)
+    tuberlin, _ = all_of_tuberlin(data, work)
     return Sets(
         shoes, shoes_apart, animals, animals_apart, load("voc", voc, classes=[ANIMAL_APART]),
         replace(sketchy, records=tuple(record for record in sketchy.records if record not in apart)),
         taken("sketchy", data, work, unseen=True),
         replace(queries, records=tuple(record for record in queries.records if record in apart)),
-        limited(taken("tuberlin", data, work), cycle.tuberlin),
+        limited(tuberlin.of_classes(taken("tuberlin", data, work).classes, "seen classes"), cycle.tuberlin),
         limited(taken("tuberlin", data, work, unseen=True), RECOGNITION_SKETCHES),
         tuple(Record(path, "photo", None) for path in spaced(loose, cycle.loose)),
     )  # fmt: skip
 
 
 def all_of_tuberlin(data: Path, work: Path) -> tuple[DataSet, DataSet]:
-    """All its classes: sketches to fit a head to, and others to test it on, which `mini` was not trained on."""
+    """All its classes: sketches to train on and to fit a head to, and a few to test that on, which are held out."""
     seen, apart = taken("tuberlin", data, work), taken("tuberlin", data, work, unseen=True)
-    known, sketches = fusion_rows(Arrays(work))[1], catalogue(data, work)["sketches"]
-    trained = {sketches[row].path for row in known}
-    trained |= {record.path for record in limited(seen, TASKS_CYCLES[TASKS_CYCLES_OF["mini"] - 1].tuberlin).records}
     records = (*seen.records, *apart.records)
     whole = replace(seen, classes=(*seen.classes, *apart.classes), records=records, split="all classes")
-    new = replace(whole, records=tuple(record for record in records if record.path not in trained))
-    tested = limited(new, RECOGNITION_TESTED)
-    rest = replace(whole, records=tuple(record for record in records if record not in set(tested.records)))
-    return limited(rest, RECOGNITION_SKETCHES), tested
+    sketches = catalogue(data, work)["sketches"]
+    known = {sketches[row] for row in fusion_rows(Arrays(work))[1]}
+    tested = limited(replace(whole, records=tuple(r for r in records if r not in known)), RECOGNITION_TESTED)
+    held_out = set(tested.records)
+    return replace(whole, records=tuple(r for r in records if r not in held_out)), tested
 
 
 def with_drawings(data: DataSet, folder: Path) -> DataSet:
@@ -1511,15 +1516,20 @@ def build_tasks(data: Path, work: Path, cycle: Cycle) -> list[Task]:
     ]
     if cycle.recognition:
         tasks.append(Recognition(sets.tuberlin, AGGREGATOR_WIDTH, batch_size=cycle.recognition))
-    return [Weighted(task, TASKS_WEIGHTS[task.name]) for task in tasks]
+    weights = TASKS_WEIGHTS | {"recognition": cycle.recognition / RECOGNITION_FULL}
+    return [Weighted(task, weights[task.name]) for task in tasks]
 
 
 def train_tasks(data: Path, out: Path, recorder: Recorder, name: str) -> dict[str, object]:
     model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
-    for i, cycle in enumerate(TASKS_CYCLES[: TASKS_CYCLES_OF[name]], 1):
+    for i, cycle in enumerate(TASKS_CYCLES[name], 1):
         tasks, run = build_tasks(data, out / "work", cycle), out / "work" / f"tasks{i}"
         recorder.note(cycle=i, images=len({record for task in tasks for record in task.records}))
         train(model, tasks, run, cycle.settings, cache=out / "work" / "cache")  # one that is done does nothing
+    before = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
+    with torch.no_grad():
+        for learned, start in zip(model.trainable_parameters(), before.trainable_parameters(), strict=True):
+            learned.copy_(start.lerp(learned, TASKS_SHARE[name]))
     save_checkpoint(model, out, name, {})
     lines = (run / "log.csv").read_text().splitlines()
     last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
@@ -1535,10 +1545,11 @@ def train_alone(data: Path, out: Path, recorder: Recorder) -> dict[str, object]:
     The checkpoints share the backbones of DIR/mini-vit.
     """
     protocols_of, results = measures(data, out / "work"), {}
-    plans = [{task.name: task for task in build_tasks(data, out / "work", cycle)} for cycle in TASKS_CYCLES]
+    cycles = TASKS_CYCLES["mini-vit"]
+    plans = [{task.name: task for task in build_tasks(data, out / "work", cycle)} for cycle in cycles]
     for name in ALONE:
         model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
-        for i, (cycle, tasks) in enumerate(zip(TASKS_CYCLES, plans, strict=True), 1):
+        for i, (cycle, tasks) in enumerate(zip(cycles, plans, strict=True), 1):
             if task := tasks.get(name):
                 recorder.note(cycle=i, task=name, images=len(task.records))
                 train(model, task, out / "work" / "alone" / f"{name}{i}", cycle.settings, cache=out / "work" / "cache")
@@ -1619,7 +1630,8 @@ def evaluate(data: Path, out: Path, name: str) -> dict[str, object]:
     """Every row of the protocols, before and after the phase `tasks`; and the random twin."""
     measured_by = measures(data, out / "work")
     if name == "mini":  # the semantic backbone of the other one was trained on all these sketches
-        fitted, tested = all_of_tuberlin(data, out / "work")
+        known, tested = all_of_tuberlin(data, out / "work")
+        fitted = limited(known, RECOGNITION_SKETCHES)
         measured_by["recognition, all classes"] = lambda rows: protocols.recognition(rows, fitted, test=tested)
     results: dict[str, dict[str, dict]] = {}
     before = {"retrieval": ["fused"]} if (out / "retrieval").is_dir() else {}

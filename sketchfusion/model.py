@@ -280,14 +280,7 @@ class SketchFusion(nn.Module):
         if config.timestep >= steps:
             raise ConfigError("timestep", f"is {config.timestep}", legal=f"0 to {steps - 1}")
         diffusion = _diffusion(config, networks.vae, networks.unet, networks.scheduler, null_prompt)
-        fuse(networks.vision)
-        semantic = SemanticBackbone(
-            networks.vision,
-            image_size=config.semantic.image_size,
-            mean=config.semantic.mean,
-            std=config.semantic.std,
-        )
-        model = cls(config, diffusion, semantic)
+        model = cls(config, diffusion, _semantic(config, networks.vision, diffusion.dtype))
         model._null_prompt = null_prompt.detach().float()
         model._origins, model._variant = networks.origins, networks.variant
         return model.to(resolve_device(device))
@@ -773,13 +766,13 @@ class SketchFusion(nn.Module):
         self._warned_untrained = False
 
     def unfold(self) -> None:
-        """Load the diffusion backbone again with the UNet's weights as they were published, to train the UNet itself.
+        """Load the backbones again with their weights as they were published, to train these themselves.
 
-        At load, what the timestep and the null prompt make constant is folded into fewer weights. The features are the
-        same either way, and slower without it.
+        At load, what the timestep, the null prompt and statistics of batch norms make constant is folded into fewer
+        weights. The features are the same either way, and slower without it.
 
         Raises:
-            LoadError: the place the backbone came from is no longer there.
+            LoadError: the place a backbone came from is no longer there.
         """
         if not self.diffusion.folded:
             return
@@ -788,6 +781,9 @@ class SketchFusion(nn.Module):
         networks = diffusion_backbone.load(self._origins["diffusion"], self.dtype, self._variant, taps=self.config.taps)
         self._graphs.clear()
         self.diffusion = _diffusion(self.config, *networks, self._null_prompt, fold=False).to(self.device)
+        if self.semantic.folded:
+            vision = semantic_backbone.load(self._origins["semantic"], self.dtype)
+            self.semantic = _semantic(self.config, vision, self.dtype, fold=False).to(self.device)
         if checkpointing:
             self.enable_gradient_checkpointing()
         if compiled:
@@ -918,6 +914,12 @@ def _diffusion(
         std=config.diffusion.std,
         fold=fold,
     )
+
+
+def _semantic(config: Config, vision: Any, dtype: torch.dtype, *, fold: bool = True) -> SemanticBackbone:
+    fuse(vision)
+    sees = config.semantic
+    return SemanticBackbone(vision, dtype=dtype, image_size=sees.image_size, mean=sees.mean, std=sees.std, fold=fold)
 
 
 def _extent(images: Any, single: bool) -> tuple[int | None, bool]:

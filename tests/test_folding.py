@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from sketchfusion import LoadError, SketchFusion
 from sketchfusion.backbones import published, shared_copy
 from sketchfusion.backbones.diffusion import DiffusionBackbone
 from sketchfusion.backbones.folding import FoldedCrossAttention, fold_unet
+from sketchfusion.backbones.semantic import SemanticBackbone
 from sketchfusion.fusion.aggregation import Aggregator, Bottleneck
 from sketchfusion.fusion.injection import Adapters
 
@@ -210,6 +214,101 @@ def test_the_folded_vae_gives_the_scaled_mode(quant: bool) -> None:
         reference = plain.encode(pixels * 2 - 1).latent_dist.mode() * plain.config.scaling_factor
     assert ours.shape == (2, 4, 16, 16)
     assert relative_error(ours, reference) < 1e-12
+
+
+# ---- convolutional semantic backbones
+
+CONVOLUTIONAL: dict[str, dict[str, Any]] = {
+    "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2]},
+    "MobileNetV2": {"depth_multiplier": 0.25},
+    "EfficientNet": {"depth_coefficient": 0.5, "width_coefficient": 0.5, "hidden_dim": 640},
+    "ConvNext": {"hidden_sizes": [8, 12], "depths": [1, 1], "num_stages": 2},
+}
+
+
+def make_convolutional(name: str) -> Any:
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**CONVOLUTIONAL[name]))
+    for norm in batch_norms(model):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(tensor.data, 0.5, 1)
+    return model.double().eval()
+
+
+def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def semantic_backbone(network: Any, **settings: Any) -> SemanticBackbone:
+    copied = shared_copy(network)
+    means: dict[str, Any] = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    return SemanticBackbone(copied, dtype=torch.float64, image_size=64, **means, **settings)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_batch_norms_are_folded_into_the_convolutions_before_them(name: str) -> None:
+    plain, pixels = make_convolutional(name), torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    before = plain(pixels).last_hidden_state
+    folded, unfolded = semantic_backbone(plain), semantic_backbone(plain, fold=False)
+    assert not batch_norms(folded)
+    assert len(batch_norms(unfolded)) == len(batch_norms(plain))
+    assert relative_error(folded(pixels), before) < 1e-12
+    assert torch.equal(plain(pixels).last_hidden_state, before)  # what was passed is as it was
+
+
+def test_gates_that_are_always_open_are_left_out() -> None:
+    model = make_convolutional("EfficientNet")
+    gates = [block.squeeze_excite for block in model.encoder.blocks]
+    for gate in gates[:3]:
+        nn.init.zeros_(gate.expand.weight)
+        nn.init.constant_(gate.expand.bias, 40)
+    nn.init.zeros_(gates[0].expand.bias)  # half open
+    nn.init.constant_(gates[3].expand.bias, 40)  # open for this image perhaps
+    pixels = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    folded = semantic_backbone(model)
+    kept = [not isinstance(block.squeeze_excite, nn.Identity) for block in folded.model.encoder.blocks]
+    assert kept == [True, False, False] + [True] * (len(gates) - 3)
+    assert relative_error(folded(pixels), model(pixels).last_hidden_state) < 1e-12
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
+
+
+class Several(nn.Module):
+    """One batch norm that only scales and shifts what a convolution gives, among others that do more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1, stride=2 if i == 0 else 1) for i in range(5))
+        self.convs.append(Standardized(3, 3, 1))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3, affine=i != 1, track_running_stats=i != 2) for i in range(7))
+
+    def forward(self, pixels: Tensor) -> Any:
+        x = self.convs[0](pixels)
+        x = self.norms[0](x) + x  # also taken as it is
+        x = self.norms[1](self.convs[1](x))  # the one to fold
+        x = self.norms[2](self.convs[2](x))  # by the batch's own statistics
+        x = self.norms[3](self.convs[3](x)) + self.norms[4](self.convs[3](x))  # one convolution, twice
+        x = self.norms[5](F.relu(self.convs[4](x)))  # not at once
+        x = self.norms[6](self.convs[5](x))  # its weights are not what it multiplies by
+        return SimpleNamespace(last_hidden_state=x)
+
+
+@pytest.mark.parametrize("around", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_batch_norms_that_do_more_than_follow_a_convolution_stay(around: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model = Several().double().eval()
+    for norm in batch_norms(model):
+        if norm.running_mean is not None and norm.running_var is not None:
+            nn.init.uniform_(norm.running_mean), nn.init.uniform_(norm.running_var, 0.5, 1)
+    pixels = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with around():
+        folded = semantic_backbone(model)
+        assert [isinstance(norm, nn.Identity) for norm in folded.model.norms] == [False, True] + [False] * 5
+        assert relative_error(folded(pixels), model(pixels).last_hidden_state) < 1e-12
 
 
 # ---- aggregator and adapters

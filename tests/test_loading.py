@@ -1042,6 +1042,9 @@ def test_convolutional_networks(backbones: dict[str, Path], tmp_path: Path, name
         build(
             backbones["diffusion"], tmp_path / "vision", semantic_image_size=32 + stride // 2
         )  # its map leaves a rest
+    published.unfold()
+    assert set(published.semantic.model.state_dict()) == set(library.state_dict())
+    assert torch.allclose(published.semantic(pixels), expected, atol=1e-5)
     (tmp_path / "vision" / "LICENSE").write_text("terms")
     published.save_pretrained(tmp_path / "complete", include_backbones=True)
     assert (tmp_path / "complete" / "semantic" / "LICENSE").read_text() == "terms"

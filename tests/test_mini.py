@@ -180,7 +180,7 @@ ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: 
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "mean", "hundredth", "least"),
     [
-        ("mini", "cpu", "bfloat16", 0.998, 0.99, 0.98),
+        ("mini", "cpu", "bfloat16", 0.997, 0.985, 0.98),
         ("mini-vit", "cpu", "bfloat16", 0.9999, 0.9997, 0.99),
         pytest.param("mini", "cuda", "float16", 0.9999, 0.9997, 0.999, marks=ON_CUDA),
         pytest.param("mini-vit", "cuda", "float16", 0.9999, 0.9997, 0.999, marks=ON_CUDA),

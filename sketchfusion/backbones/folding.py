@@ -8,12 +8,14 @@ same weights, by which caches are found. Parameters are replaced and never writt
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from transformers.models.efficientnet.modeling_efficientnet import EfficientNetSqueezeExciteLayer
 
 from ..errors import LoadError
 
@@ -105,6 +107,37 @@ def fold_vae(vae: Any) -> None:
     scale = vae.config.scaling_factor
     _replace(last, weight=weight[: last.out_channels] * scale, bias=bias[: last.out_channels] * scale)
     vae.quant_conv = None
+
+
+@torch.no_grad()
+def fold_convolutional(network: nn.Module, norms: Mapping[str, str]) -> None:
+    """Fold batch norms into the convolutions they follow, and leave out gates that are always open, in place.
+
+    In eval mode a batch norm scales and shifts every channel by constants. An EfficientNet without gates, as the Lite
+    ones are, is one with gates that are 1 whatever they see.
+
+    Args:
+        norms: names of batch norms, and of the convolution of which each takes the output, see `semantic.layout`.
+    """
+    for name, followed in norms.items():
+        norm, conv = network.get_submodule(name), network.get_submodule(followed)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(conv, nn.Conv2d)
+        if norm.running_mean is None or norm.running_var is None:
+            continue  # it takes the batch's own statistics
+        scale = (_exact(norm.running_var) + norm.eps).rsqrt()
+        if norm.affine:
+            scale = scale * _exact(norm.weight)
+        shift = -_exact(norm.running_mean) if conv.bias is None else _exact(conv.bias) - _exact(norm.running_mean)
+        shift = shift * scale + (_exact(norm.bias) if norm.affine else 0)
+        conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
+        _replace(conv, weight=_exact(conv.weight) * scale.view(-1, 1, 1, 1))
+        network.set_submodule(name, nn.Identity())
+    for name, gate in list(network.named_modules()):
+        if not isinstance(gate, EfficientNetSqueezeExciteLayer) or gate.expand.weight.any():
+            continue
+        if gate.expand.bias is not None and (gate.expand.bias.sigmoid() == 1).all():
+            network.set_submodule(name, nn.Identity())
 
 
 def _exact(tensor: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from ..config import CLIP_MEAN, CLIP_STD
 from ..errors import ConfigError, LoadError
 from ..hub import Location, MissingFile, one_line, undisturbed
 from . import Frozen, Triple, shared_copy
+from .folding import fold_convolutional
 
 PLAIN = "the semantic backbone is a plain vision transformer, or a convolutional network that gives a map"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
@@ -29,23 +32,39 @@ class SemanticBackbone(Frozen):
 
     Args:
         model: a transformers vision model.
+        dtype: it is cast to this, once it is folded.
         image_size: side of the canvas it sees, pixels; patches of a transformer's `patch_size` tile it.
         mean, std: pixels in [0, 1] become (pixels - mean) / std.
         published: the tokens are `last_hidden_state`, as who published the model takes them, which DINOv2 and SigLIP
             give after a last norm; otherwise `hidden_states[-1]`, before it. For CLIP both are the same, and a map is
             `last_hidden_state` always.
+        fold: fold a convolutional network's batch norms into its convolutions, in place.
 
     Raises:
         ConfigError: `image_size` is no multiple of the patch size.
         LoadError: the model gives neither.
     """
 
-    def __init__(self, model: Any, *, image_size: int, mean: Triple, std: Triple, published: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        dtype: torch.dtype,
+        image_size: int,
+        mean: Triple,
+        std: Triple,
+        published: bool = False,
+        fold: bool = True,
+    ):
         super().__init__(mean, std)
-        self.width, patch, self.convolutional = layout(model)
+        self.width, patch, self.convolutional, norms = layout(model)
         if image_size % patch:
             raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
         self.model, self.image_size, self.grid, self.published = model, image_size, image_size // patch, published
+        self.folded = fold and self.convolutional
+        if self.folded:
+            fold_convolutional(model, norms)
+        model.to(dtype)
         if self.convolutional:
             model.to(memory_format=torch.channels_last)
         # Models that do not adapt their positions to the canvas by themselves take a keyword for it.
@@ -84,6 +103,7 @@ class Layout(NamedTuple):
     width: int  # channels of a token
     patch: int  # its side in pixels, which divides that of the canvas; of a map the stride
     convolutional: bool
+    norms: Mapping[str, str] = {}  # batch norms by name, and the convolution whose output each of them takes
 
 
 def layout(model: Any) -> Layout:
@@ -92,24 +112,63 @@ def layout(model: Any) -> Layout:
     Raises:
         LoadError: the model is neither.
     """
-    width, patch = (getattr(model.config, key, None) for key in ("hidden_size", "patch_size"))
-    if isinstance(width, int) and isinstance(patch, int):
-        return Layout(width, patch, False)
+    if tokens_of := _transformer(model.config):
+        return Layout(*tokens_of, False)
     name, side = type(model).__name__, 256  # of which every stride is a divisor
-    pixels = torch.empty(1, 3, side, side, dtype=next(model.parameters()).dtype, device="meta")
-    try:
-        shape = shared_copy(model).eval().to("meta")(pixels).last_hidden_state.shape
-    except Exception as error:  # whatever another kind of model says to pixels
-        raise LoadError(f"{name} does not take images ({one_line(error)}): {PLAIN}") from error
+    calls: list[tuple[nn.Module, Any]] = []
+    with torch.inference_mode(False), torch.enable_grad():
+        looked_at = shared_copy(model).eval().to("meta")
+        plain = nn.Conv2d.forward, nn.BatchNorm2d.forward  # what a subclass does besides is not known here
+        names = {m: name for name, m in looked_at.named_modules() if type(m).forward in plain}
+        for module in names:
+            module.register_forward_hook(lambda module, _, output: calls.append((module, output.grad_fn)))
+        dtype = next(model.parameters()).dtype
+        pixels = torch.empty(1, 3, side, side, dtype=dtype, device="meta", requires_grad=True)
+        try:
+            tokens = looked_at(pixels).last_hidden_state
+        except Exception as error:  # whatever another kind of model says to pixels
+            raise LoadError(f"{name} does not take images ({one_line(error)}): {PLAIN}") from error
+    shape = tokens.shape
     if len(shape) != 4 or shape[2] != shape[3] or side % shape[2]:
         raise LoadError(f"{name} gives {tuple(shape)} for {side}×{side} pixels, which is no map: {PLAIN}")
-    return Layout(shape[1], side // shape[2], True)
+    norms = {names[norm]: names[conv] for norm, conv in _followed(tokens, calls)}
+    return Layout(shape[1], side // shape[2], True, norms)
+
+
+def _transformer(config: Any) -> tuple[int, int] | None:
+    """Width and patch size of a transformer, by its configuration."""
+    width, patch = (getattr(config, key, None) for key in ("hidden_size", "patch_size"))
+    return (width, patch) if isinstance(width, int) and isinstance(patch, int) else None
+
+
+def _followed(tokens: Tensor, calls: list[tuple[nn.Module, Any]]) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Batch norms, each with the convolution whose output it and nothing else takes.
+
+    What autograd would go back through from the tokens tells.
+
+    Args:
+        calls: convolutions and norms as they were run, and autograd's node of what each gave.
+    """
+    takers: dict[Any, list[Any]] = {}
+    reached: list[Any] = [tokens.grad_fn]
+    for node in reached:
+        for taken, _ in node.next_functions:
+            if taken not in takers and taken is not None:
+                reached.append(taken)
+            takers.setdefault(taken, []).append(node)
+    runs = Counter(module for module, _ in calls)
+    once = {node: module for module, node in calls if runs[module] == 1}
+    for node, conv in once.items():
+        norm = once.get(takers[node][0]) if len(takers.get(node, ())) == 1 else None
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            yield norm, conv
 
 
 def load(origin: Location | Any, dtype: torch.dtype) -> Any:
     """The vision model from a location in transformers' layout, or from a loaded module (copied, not touched).
 
-    Of a model with a text tower, only the vision tower is built.
+    Of a model with a text tower, only the vision tower is built. A convolutional network comes in float32 at least:
+    what is rounded before its batch norms are folded is rounded twice.
 
     Raises:
         LoadError: not a model transformers knows; something is missing, not safetensors or corrupt.
@@ -119,11 +178,13 @@ def load(origin: Location | Any, dtype: torch.dtype) -> Any:
         with origin.explained(f"reading {path}"):
             config = AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
         config = getattr(config, "vision_config", config)
+        dtype = dtype if _transformer(config) else torch.promote_types(dtype, torch.float32)
         # DINO and ImageNet classifiers are published without the pooler that AutoModel gives them.
         model = origin.load(AutoModel, "model", spare="pooler", config=config, dtype=dtype, trust_remote_code=False)
     elif isinstance(origin, nn.Module) and hasattr(origin, "config"):
         copied: Any = shared_copy(origin)
-        model = (copied.vision_model if hasattr(copied.config, "vision_config") else copied).to(dtype)
+        model = copied.vision_model if hasattr(copied.config, "vision_config") else copied
+        model = model.to(dtype if _transformer(model.config) else torch.promote_types(dtype, torch.float32))
     else:
         raise LoadError(
             f"{type(origin).__name__} is no transformers model: the semantic backbone is a vision transformer or "
@@ -169,7 +230,7 @@ def published_size(model: Any, origin: Location | Any) -> int | None:
     Raises:
         LoadError: the preprocessor's file cannot be read.
     """
-    _, patch, convolutional = layout(model)
+    _, patch, convolutional, _ = layout(model)
     side = _side(getattr(model.config, "image_size", None))
     # A convolutional network has no use for the size in its configuration, which may be any.
     if (convolutional or side is None) and isinstance(origin, Location) and (preprocessor := _preprocessor(origin)):

@@ -39,7 +39,9 @@ class PlainLoop:
         self.adapters = nn.ModuleDict()
         if not alone:
             sees = config.semantic
-            vision = SemanticBackbone(networks.vision, image_size=sees.image_size, mean=sees.mean, std=sees.std)
+            vision = SemanticBackbone(
+                networks.vision, dtype=dtype, image_size=sees.image_size, mean=sees.mean, std=sees.std, fold=False
+            )
             self.semantic = vision.to(device)
             self.adapters.update({site: _plain(conv, dtype) for site, conv in model.adapters.sites.items()})
         self._tokens: Tensor | None = None

@@ -210,4 +210,4 @@ def load_encoder(source: str, device: torch.device, dtype: torch.dtype) -> Seman
             missing = f"{semantic.PREPROCESSORS[0]}, which tells its normalisation"
         raise LoadError(f"{source} lacks {missing}: the row would mean nothing")
     mean, std = normalisation
-    return SemanticBackbone(network, image_size=size, mean=mean, std=std, published=True).to(device)
+    return SemanticBackbone(network, dtype=dtype, image_size=size, mean=mean, std=std, published=True).to(device)
