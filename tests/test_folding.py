@@ -288,7 +288,7 @@ class Several(nn.Module):
 
     def forward(self, pixels: Tensor) -> Any:
         x = self.convs[0](pixels)
-        x = self.norms[0](x) + x  # also taken as it is
+        x = self.norms[0](x) + F.relu(F.relu(x))  # also taken as it is
         x = self.norms[1](self.convs[1](x))  # the one to fold
         x = self.norms[2](self.convs[2](x))  # by the batch's own statistics
         x = self.norms[3](self.convs[3](x)) + self.norms[4](self.convs[3](x))  # one convolution, twice
