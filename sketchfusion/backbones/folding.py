@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers.models.efficientnet.modeling_efficientnet import EfficientNetSqueezeExciteLayer
 
 from ..errors import LoadError
@@ -125,13 +126,10 @@ def fold_convolutional(network: nn.Module, norms: Mapping[str, str]) -> None:
         assert isinstance(conv, nn.Conv2d)
         if norm.running_mean is None or norm.running_var is None:
             continue  # it takes the batch's own statistics
-        scale = (_exact(norm.running_var) + norm.eps).rsqrt()
-        if norm.affine:
-            scale = scale * _exact(norm.weight)
-        shift = -_exact(norm.running_mean) if conv.bias is None else _exact(conv.bias) - _exact(norm.running_mean)
-        shift = shift * scale + (_exact(norm.bias) if norm.affine else 0)
-        conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
-        _replace(conv, weight=_exact(conv.weight) * scale.view(-1, 1, 1, 1))
+        bias, gain, shift = (None if t is None else _exact(t) for t in (conv.bias, norm.weight, norm.bias))
+        mean, variance = _exact(norm.running_mean), _exact(norm.running_var)
+        weight, bias = fuse_conv_bn_weights(_exact(conv.weight), bias, mean, variance, norm.eps, gain, shift)
+        _replace(conv, weight=weight, bias=bias)
         network.set_submodule(name, nn.Identity())
     for name, gate in list(network.named_modules()):
         if not isinstance(gate, EfficientNetSqueezeExciteLayer) or gate.expand.weight.any():
@@ -165,7 +163,8 @@ def _plain(layer: nn.Module, kind: type[Layer]) -> Layer:
     )
 
 
-def _replace(layer: nn.Module, **values: Tensor) -> None:
-    """New parameters in the place, and the dtype, of the old ones."""
+def _replace(layer: nn.Conv2d, **values: Tensor) -> None:
+    """New parameters in the place of the old ones, in the dtype of its weight."""
+    dtype = layer.weight.dtype
     for name, value in values.items():
-        setattr(layer, name, nn.Parameter(value.to(getattr(layer, name).dtype), requires_grad=False))
+        setattr(layer, name, nn.Parameter(value.to(dtype), requires_grad=False))

@@ -167,8 +167,7 @@ def _followed(tokens: Tensor, calls: list[tuple[nn.Module, Any]]) -> Iterator[tu
 def load(origin: Location | Any, dtype: torch.dtype) -> Any:
     """The vision model from a location in transformers' layout, or from a loaded module (copied, not touched).
 
-    Of a model with a text tower, only the vision tower is built. A convolutional network comes in float32 at least:
-    what is rounded before its batch norms are folded is rounded twice.
+    Of a model with a text tower, only the vision tower is built. A convolutional network comes in float32 at least.
 
     Raises:
         LoadError: not a model transformers knows; something is missing, not safetensors or corrupt.
@@ -178,19 +177,24 @@ def load(origin: Location | Any, dtype: torch.dtype) -> Any:
         with origin.explained(f"reading {path}"):
             config = AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
         config = getattr(config, "vision_config", config)
-        dtype = dtype if _transformer(config) else torch.promote_types(dtype, torch.float32)
+        dtype = _held_in(config, dtype)
         # DINO and ImageNet classifiers are published without the pooler that AutoModel gives them.
         model = origin.load(AutoModel, "model", spare="pooler", config=config, dtype=dtype, trust_remote_code=False)
     elif isinstance(origin, nn.Module) and hasattr(origin, "config"):
         copied: Any = shared_copy(origin)
         model = copied.vision_model if hasattr(copied.config, "vision_config") else copied
-        model = model.to(dtype if _transformer(model.config) else torch.promote_types(dtype, torch.float32))
+        model = model.to(_held_in(model.config, dtype))
     else:
         raise LoadError(
             f"{type(origin).__name__} is no transformers model: the semantic backbone is a vision transformer or "
             "a convolutional network, loaded, in a folder in transformers' layout or on the Hub"
         )
     return model
+
+
+def _held_in(config: Any, dtype: torch.dtype) -> torch.dtype:
+    """What is rounded before its batch norms are folded would be rounded twice."""
+    return dtype if _transformer(config) else torch.promote_types(dtype, torch.float32)
 
 
 def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | None:
