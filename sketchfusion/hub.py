@@ -175,7 +175,8 @@ class Location:
                 output_loading_info=True,
                 **arguments,
             )
-        missing = sorted(info["missing_keys"])
+        # Old files do not have a batch norm's count of training steps, of which nothing is read.
+        missing = sorted(key for key in info["missing_keys"] if not key.endswith(".num_batches_tracked"))
         if spare and any(name.startswith(f"{spare}.") for name in missing):
             setattr(model, spare, None)
             missing = [name for name in missing if not name.startswith(f"{spare}.")]

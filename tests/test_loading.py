@@ -1053,6 +1053,17 @@ def test_convolutional_networks(backbones: dict[str, Path], tmp_path: Path, name
     assert torch.isfinite(again.encode(Image.new("RGB", (40, 30))).pooled).all()
 
 
+def test_batch_norms_without_their_count_of_steps(backbones: dict[str, Path], tmp_path: Path) -> None:
+    library = write_convolutional("ResNet", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    rewrite(weights, lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")})
+    pixels = torch.rand(2, 3, 32, 32)
+    expected = library(pixels * 2 - 1).last_hidden_state
+    assert torch.allclose(build(backbones["diffusion"], tmp_path).semantic(pixels), expected, atol=1e-5)
+    rewrite(weights, lambda state: {k: v for k, v in state.items() if not k.endswith("running_var")})
+    refused(lambda: build(backbones["diffusion"], tmp_path), "is incomplete", "running_var")
+
+
 def test_a_convolutional_network_that_does_not_say_its_size(backbones: dict[str, Path], tmp_path: Path) -> None:
     library = write_convolutional("ResNet", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": 0.5}')
