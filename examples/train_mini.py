@@ -29,7 +29,8 @@ Phases run in order, and can be named one by one: `python examples/train_mini.py
                and what two such cycles end with is averaged
     vae        an AutoencoderKL learns to reconstruct photos and sketches
     unet       a UNet2DConditionModel learns to predict the noise in that autoencoder's latents: DIR/samples.png
-    fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones: DIR/retrieval
+    fusion     adapters and aggregator learn sketch-to-photo retrieval on the frozen backbones, and for mini to tell
+               sketches' classes apart: DIR/retrieval
     tasks      they go on with retrieval, correspondence, segmentation and recognition at once: DIR/mini
     alone      with --distilled: three of these tasks one by one instead, as long: DIR/mini-correspondence and so on
     evaluate   every row of the protocols on what no phase has been trained on, beside what `fusion` alone reaches
@@ -179,8 +180,25 @@ VAE_STEPS, VAE_BATCH, VAE_SIDE, VAE_LR, VAE_KL = 400, 16, 96, 3e-3, 1e-3
 UNET_STEPS, UNET_BATCHES, UNET_IMAGES, UNET_LR = (250, 70), (64, 32), 1600, 2e-3
 
 AGGREGATOR_WIDTH, AGGREGATOR_GRID = 256, 32
-FUSION_PHOTOS, FUSION_LOOSE, FUSION_SKETCHES = 16, 600, (16, 4)  # images: a class with photos, without
-FUSION_STEPS, FUSION_BATCH, FUSION_SHARED, FUSION_LR, FUSION_CHECKPOINT = 200, 64, 24, 4e-3, 20
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What the phase `fusion` takes, and how long it goes on."""
+
+    photos: int  # a class
+    loose: int  # without a class
+    sketches: tuple[int, int]  # of a class that has photos, and of one that has none
+    batch: tuple[int, int]  # photos and sketches a step
+    steps: int
+    recognition: float  # weight
+
+
+FUSIONS = {
+    "mini": Fusion(25, 1700, (200, 200), (32, 64), 400, 1.0),  # all there are
+    "mini-vit": Fusion(16, 600, (16, 4), (32, 32), 200, 0.0),
+}
+FUSION_SHARED, FUSION_LR, FUSION_CHECKPOINT = 24, 4e-3, 20
 FUSION_TEMPERATURE, TARGET_GRID = 0.05, 7
 
 # The phase `tasks`, and what is held out from it: shares of the shoes and of three animals, and the fourth entirely.
@@ -200,7 +218,7 @@ class Cycle:
 
 
 TASKS_CYCLES = {
-    "mini": (Cycle(Settings(steps=500, lr=3e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 40, 1000, 64),),
+    "mini": (Cycle(Settings(steps=600, lr=3e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 64, 1000, 64),),
     "mini-vit": (
         Cycle(Settings(steps=240, lr=3e-3, views=2, checkpoint_every=20), 6, 300, 0),
         Cycle(Settings(steps=160, lr=2e-3, mixing_lr_scale=10, views=2, checkpoint_every=20), 20, 1000, 32),
@@ -211,7 +229,8 @@ TASKS_CYCLES = {
 # further beyond the classes that were trained on (https://arxiv.org/abs/2109.01903).
 TASKS_SHARE = {"mini": 0.75, "mini-vit": 1.0}
 ALONE = ("correspondence", "segmentation", "recognition")
-RECOGNITION_SKETCHES, RECOGNITION_TESTED = 40, 10  # a class, to fit and test a head; of all classes, to test it
+# Sketches a class: of the unseen classes, to fit a head and to test it; of all of TU-Berlin's, to test it.
+RECOGNITION_SKETCHES, RECOGNITION_TESTED = 40, 10
 TASKS_WEIGHTS = {"correspondence": 0.5, "segmentation": 1.0, "retrieval": 1.0, "transfer": 1.0}
 RECOGNITION_FULL = 64  # sketches a step with which recognition counts as much as retrieval; with half of them half
 
@@ -235,7 +254,7 @@ TASKS_DATA = (
 )
 CARDS = {  # what the checkpoints' cards say: task and data
     "retrieval": ("category-level zero-shot sketch-based image retrieval, on backbones made for it", BACKBONES_DATA),
-    "mini": (TASKS, f"{IMAGES}. The semantic backbone, {KNOWN}. {TASKS_DATA.format(sketches=40)}"),
+    "mini": (TASKS, f"{IMAGES}. The semantic backbone, {KNOWN}. {TASKS_DATA.format(sketches=54)}"),
     "mini-vit": (TASKS, f"{BACKBONES_DATA}. {TASKS_DATA.format(sketches=40)}"),
     "mini-correspondence": (
         "correspondence",
@@ -1254,22 +1273,20 @@ class Frozen:
     photos: int  # the first so many are photos, the rest sketches
 
 
-def fusion_rows(arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    """Which photos and which sketches the phase takes."""
+def fusion_rows(arrays: Arrays, plan: Fusion, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which photos and which sketches the phase takes; no sketch that is held out."""
 
     def some(rows: np.ndarray, count: int) -> np.ndarray:
         return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
     shown = [np.flatnonzero(arrays.photos_labels == c) for c in range(len(arrays.classes))]
-    photos = np.concatenate([*(some(r, FUSION_PHOTOS) for r in shown if len(r)), some(arrays.loose, FUSION_LOOSE)])
-    wanted = [FUSION_SKETCHES[0] if len(r) else FUSION_SKETCHES[1] for r in shown]
-    by_class = zip(arrays.sketches_by_class, wanted, strict=True)
-    return photos, np.concatenate([some(rows, count) for rows, count in by_class])
+    photos = np.concatenate([*(some(r, plan.photos) for r in shown if len(r)), some(arrays.loose, plan.loose)])
+    wanted = [plan.sketches[0] if len(r) else plan.sketches[1] for r in shown]
+    by_class = [np.setdiff1d(rows, held_out) for rows in arrays.sketches_by_class]
+    return photos, np.concatenate([some(rows, count) for rows, count in zip(by_class, wanted, strict=True)])
 
 
-def freeze(model: SketchFusion, arrays: Arrays) -> Frozen:
-    """A few photos and sketches of every class, and photos without one."""
-    photos, sketches = fusion_rows(arrays)
+def freeze(model: SketchFusion, arrays: Arrays, photos: np.ndarray, sketches: np.ndarray) -> Frozen:
     latents, tokens, targets = [], [], []
     for images, maps, rows in (
         (arrays.photos, arrays.photos_targets, photos),
@@ -1279,37 +1296,36 @@ def freeze(model: SketchFusion, arrays: Arrays) -> Frozen:
             pixels = look(images[part], torch.eye(2, 3).expand(len(part), -1, -1), CANVAS).expand(-1, 3, -1, -1)
             for kept, new in zip((latents, tokens), model.embed(pixels), strict=True):
                 kept.append(new)
-        cells = torch.from_numpy(maps[rows][..., -JOINT_DIM:]).float().permute(0, 3, 1, 2)
-        cells = F.interpolate(cells, size=(TARGET_GRID, TARGET_GRID), mode="bilinear")
-        targets.append(cells.flatten(2).transpose(1, 2).half())
+            cells = torch.from_numpy(maps[part][..., -JOINT_DIM:]).float().permute(0, 3, 1, 2)
+            cells = F.interpolate(cells, size=(TARGET_GRID, TARGET_GRID), mode="bilinear")
+            targets.append(cells.flatten(2).transpose(1, 2).half())
     labels = torch.from_numpy(np.concatenate([arrays.photos_labels[photos], arrays.sketches_labels[sketches]]))
     return Frozen(torch.cat(latents), torch.cat(tokens), torch.cat(targets), labels, len(photos))
 
 
-def cached_freeze(model: SketchFusion, arrays: Arrays, path: Path) -> Frozen:
+def cached_freeze(model: SketchFusion, arrays: Arrays, photos: np.ndarray, sketches: np.ndarray, path: Path) -> Frozen:
     if path.exists():
         return Frozen(**torch.load(path, weights_only=True))
-    frozen = freeze(model, arrays)
+    frozen = freeze(model, arrays, photos, sketches)
     torch.save(vars(frozen), path)
     return frozen
 
 
 def meeting_loss(
-    pooled: Tensor, read: Tensor, goal: Tensor, labels: Tensor, classes: Tensor
+    pooled: Tensor, read: Tensor, goal: Tensor, labels: Tensor, classes: Tensor, photos: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """Pooled vectors of photos, in the first half of the batch, and of sketches, in the second.
+    """Pooled vectors of so many photos, and of sketches, which come after them.
 
     `meet` and `order` work on the cosine that retrieval uses: a sketch must find the photos of its class, and rank
     all photos as the teacher's space does, which is what reaches beyond the classes that are known. `whole` and
     `named` work on their linear reading in that space: it has the direction of the goal, and tells classes apart.
     """
-    half = len(labels) // 2
     pooled = F.normalize(pooled, dim=1)
-    cosines = pooled[half:] @ pooled[:half].T / FUSION_TEMPERATURE
-    wanted = F.normalize(goal[half:], dim=1) @ F.normalize(goal[:half], dim=1).T / NCE_TEMPERATURE
+    cosines = pooled[photos:] @ pooled[:photos].T / FUSION_TEMPERATURE
+    wanted = F.normalize(goal[photos:], dim=1) @ F.normalize(goal[:photos], dim=1).T / NCE_TEMPERATURE
     order = F.kl_div(cosines.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
     back = F.kl_div(cosines.T.log_softmax(1), wanted.T.log_softmax(1), log_target=True, reduction="batchmean")
-    same = (labels[half:, None] == labels[None, :half]).float()
+    same = (labels[photos:, None] == labels[None, :photos]).float()
     met = same.sum(1) > 0
     meet = -((cosines.log_softmax(1) * same).sum(1) / same.sum(1).clamp(min=1))[met].mean()
     known = labels >= 0
@@ -1320,60 +1336,69 @@ def meeting_loss(
 
 
 class FusionHeads(nn.Module):
-    """Thrown away afterwards: linear readings of the pooled vector and of the dense map in the teacher's space."""
+    """Thrown away afterwards: readings of pooled vector and dense map in the teacher's space, and a classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int) -> None:
         super().__init__()
         self.pooled, self.dense = nn.Linear(AGGREGATOR_WIDTH, JOINT_DIM), nn.Linear(AGGREGATOR_WIDTH, JOINT_DIM)
+        self.classes = nn.Linear(AGGREGATOR_WIDTH, classes)
 
 
-def fusion_batch(frozen: Frozen, generator: torch.Generator) -> Tensor:
-    """Rows of as many photos as sketches: FUSION_SHARED classes in both, then any photos and any sketches."""
+def fusion_batch(frozen: Frozen, plan: Fusion, generator: torch.Generator) -> Tensor:
+    """Rows of photos, then of sketches: FUSION_SHARED classes in both, then any photos, and sketches of any classes."""
 
     def choose(rows: Tensor, count: int) -> Tensor:
         return rows[torch.randint(len(rows), (count,), generator=generator)]
 
+    def of_class(labels: Tensor, label: Tensor) -> Tensor:
+        return choose((labels == label).nonzero()[:, 0], 1)
+
     photo_labels, sketch_labels = frozen.labels[: frozen.photos], frozen.labels[frozen.photos :]
     classes = photo_labels[photo_labels >= 0].unique()
     shared = classes[torch.randperm(len(classes), generator=generator)[:FUSION_SHARED]]
-    photos = [choose((photo_labels == c).nonzero()[:, 0], 1) for c in shared]
-    sketches = [choose((sketch_labels == c).nonzero()[:, 0], 1) for c in shared]
-    more = FUSION_BATCH // 2 - FUSION_SHARED
-    photos.append(choose(torch.arange(frozen.photos), more))
-    sketches.append(choose(torch.arange(len(sketch_labels)), more))
-    return torch.cat([*photos, *(rows + frozen.photos for rows in sketches)])
+    others = choose(sketch_labels.unique(), plan.batch[1] - FUSION_SHARED)
+    photos = [of_class(photo_labels, c) for c in shared]
+    photos.append(choose(torch.arange(frozen.photos), plan.batch[0] - FUSION_SHARED))
+    return torch.cat([*photos, *(of_class(sketch_labels, c) + frozen.photos for c in (*shared, *others))])
 
 
 def fusion_loss(
-    features: Features, heads: FusionHeads, targets: Tensor, labels: Tensor, classes: Tensor
+    features: Features, heads: FusionHeads, targets: Tensor, labels: Tensor, classes: Tensor, plan: Fusion
 ) -> tuple[Tensor, dict[str, float]]:
-    """The first half of the batch are photos, the second sketches."""
-    read = heads.pooled(features.pooled)
-    loss, parts = meeting_loss(features.pooled, read, targets.mean(1), labels, classes)
+    photos = plan.batch[0]
+    loss, parts = meeting_loss(features.pooled, heads.pooled(features.pooled), targets.mean(1), labels, classes, photos)
     cells = F.adaptive_avg_pool2d(features.dense, TARGET_GRID).flatten(2).transpose(1, 2)
     dense = match(heads.dense(cells), targets)
-    return loss + dense, parts | {"dense": dense.item()}
+    logits = heads.classes(features.pooled[photos:])
+    recognition = F.cross_entropy(logits, labels[photos:], label_smoothing=0.1)
+    parts |= {"dense": dense.item(), "recognition": recognition.item()}
+    return loss + dense + plan.recognition * recognition, parts
 
 
-def train_fusion(out: Path, recorder: Recorder) -> dict[str, object]:
+def train_fusion(data: Path, out: Path, recorder: Recorder, name: str) -> dict[str, object]:
     torch.manual_seed(SEED)
-    arrays, model, heads = Arrays(out / "work"), build_fusion(out), FusionHeads()
-    frozen = cached_freeze(model, arrays, out / "work" / "frozen.pt")
+    arrays, model, plan = Arrays(out / "work"), build_fusion(out), FUSIONS[name]
+    heads = FusionHeads(len(arrays.classes))
+    tested = set(all_of_tuberlin(data, out / "work")[1].records)
+    sketches = catalogue(data, out / "work")["sketches"]
+    held_out = np.array([row for row, record in enumerate(sketches) if record in tested])
+    photos, sketches = fusion_rows(arrays, plan, held_out)
+    frozen = cached_freeze(model, arrays, photos, sketches, out / "work" / "frozen.pt")
     recorder.note(images=len(frozen.labels))
     classes = torch.tensor(arrays.joint_classes)
     _, geometry = model.preprocess(Image.new("RGB", (CANVAS, CANVAS)))
-    geometry = collate([geometry] * FUSION_BATCH)
+    geometry = collate([geometry] * sum(plan.batch))
     trained = nn.ModuleList([model.adapters, model.aggregator])
-    optimizers = Optimizers([trained, heads], lr=FUSION_LR, decay=0.01, warmup=20, steps=FUSION_STEPS)
+    optimizers = Optimizers([trained, heads], lr=FUSION_LR, decay=0.01, warmup=20, steps=plan.steps)
     parts = {"trained": trained, "heads": heads, "optimizers": optimizers}
-    for step in range(recorder.resume(**parts), FUSION_STEPS):
-        rows = fusion_batch(frozen, torch.Generator().manual_seed(SEED + step))
+    for step in range(recorder.resume(**parts), plan.steps):
+        rows = fusion_batch(frozen, plan, torch.Generator().manual_seed(SEED + step))
         features = model.fuse(frozen.latents[rows], frozen.tokens[rows], geometry)
-        loss, figures = fusion_loss(features, heads, frozen.targets[rows].float(), frozen.labels[rows], classes)
+        loss, figures = fusion_loss(features, heads, frozen.targets[rows].float(), frozen.labels[rows], classes, plan)
         optimizers.step(loss, step)
         if (step + 1) % 10 == 0:
             recorder.note(step=step + 1, loss=loss.item(), **figures)
-        if (step + 1) % FUSION_CHECKPOINT == 0 or step + 1 == FUSION_STEPS:
+        if (step + 1) % FUSION_CHECKPOINT == 0 or step + 1 == plan.steps:
             recorder.save(step + 1, **parts)
     save_checkpoint(model, out, "retrieval", {})
     return {"mixing_weights": [round(w, 3) for w in model.aggregator.mixing_weights.softmax(0).tolist()]}
@@ -1418,7 +1443,8 @@ class Transfer(nn.Module):
     def loss(self, features: Features, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
         rows = torch.tensor([self._rows[sample.record] for sample in samples])
         read = self.read(features.pooled)
-        return meeting_loss(features.pooled, read, self._targets[rows], self._labels[rows], self._classes)
+        labels, photos = self._labels[rows], self.images // 2
+        return meeting_loss(features.pooled, read, self._targets[rows], labels, self._classes, photos)
 
 
 class Weighted(nn.Module):
@@ -1475,9 +1501,7 @@ def all_of_tuberlin(data: Path, work: Path) -> tuple[DataSet, DataSet]:
     seen, apart = taken("tuberlin", data, work), taken("tuberlin", data, work, unseen=True)
     records = (*seen.records, *apart.records)
     whole = replace(seen, classes=(*seen.classes, *apart.classes), records=records, split="all classes")
-    sketches = catalogue(data, work)["sketches"]
-    known = {sketches[row] for row in fusion_rows(Arrays(work))[1]}
-    tested = limited(replace(whole, records=tuple(r for r in records if r not in known)), RECOGNITION_TESTED)
+    tested = limited(whole, RECOGNITION_TESTED)
     held_out = set(tested.records)
     return replace(whole, records=tuple(r for r in records if r not in held_out)), tested
 
@@ -1631,8 +1655,7 @@ def evaluate(data: Path, out: Path, name: str) -> dict[str, object]:
     measured_by = measures(data, out / "work")
     if name == "mini":  # the semantic backbone of the other one was trained on all these sketches
         known, tested = all_of_tuberlin(data, out / "work")
-        fitted = limited(known, RECOGNITION_SKETCHES)
-        measured_by["recognition, all classes"] = lambda rows: protocols.recognition(rows, fitted, test=tested)
+        measured_by["recognition, all classes"] = lambda rows: protocols.recognition(rows, known, test=tested)
     results: dict[str, dict[str, dict]] = {}
     before = {"retrieval": ["fused"]} if (out / "retrieval").is_dir() else {}
     for which, rows in ({name: list(ROWS)} | before).items():
@@ -1680,7 +1703,7 @@ def main() -> None:
         ),
         "vae": lambda recorder: train_vae(args.out, recorder),
         "unet": lambda recorder: train_unet(args.out, recorder),
-        "fusion": lambda recorder: train_fusion(args.out, recorder),
+        "fusion": lambda recorder: train_fusion(args.data, args.out, recorder, name),
         "tasks": lambda recorder: train_tasks(args.data, args.out, recorder, name),
         "alone": lambda recorder: train_alone(args.data, args.out, recorder),
         "evaluate": lambda recorder: evaluate(args.data, args.out, name),
