@@ -1380,8 +1380,8 @@ def train_fusion(data: Path, out: Path, recorder: Recorder, name: str) -> dict[s
     arrays, model, plan = Arrays(out / "work"), build_fusion(out), FUSIONS[name]
     heads = FusionHeads(len(arrays.classes))
     tested = set(all_of_tuberlin(data, out / "work")[1].records)
-    sketches = catalogue(data, out / "work")["sketches"]
-    held_out = np.array([row for row, record in enumerate(sketches) if record in tested])
+    records = catalogue(data, out / "work")["sketches"]
+    held_out = np.array([row for row, record in enumerate(records) if record in tested])
     photos, sketches = fusion_rows(arrays, plan, held_out)
     frozen = cached_freeze(model, arrays, photos, sketches, out / "work" / "frozen.pt")
     recorder.note(images=len(frozen.labels))
