@@ -1546,13 +1546,13 @@ def build_tasks(data: Path, work: Path, cycle: Cycle) -> list[Task]:
 
 def train_tasks(data: Path, out: Path, recorder: Recorder, name: str) -> dict[str, object]:
     model = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
+    before = [parameter.detach().clone() for parameter in model.trainable_parameters()]
     for i, cycle in enumerate(TASKS_CYCLES[name], 1):
         tasks, run = build_tasks(data, out / "work", cycle), out / "work" / f"tasks{i}"
         recorder.note(cycle=i, images=len({record for task in tasks for record in task.records}))
         train(model, tasks, run, cycle.settings, cache=out / "work" / "cache")  # one that is done does nothing
-    before = SketchFusion.from_pretrained(out / "retrieval", device="cpu")
     with torch.no_grad():
-        for learned, start in zip(model.trainable_parameters(), before.trainable_parameters(), strict=True):
+        for learned, start in zip(model.trainable_parameters(), before, strict=True):
             learned.copy_(start.lerp(learned, TASKS_SHARE[name]))
     save_checkpoint(model, out, name, {})
     lines = (run / "log.csv").read_text().splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import warnings
@@ -58,6 +59,11 @@ class Networks:
         vae, unet, scheduler = diffusion_backbone.load(origins["diffusion"], dtype, variant, taps=taps)
         vision = semantic_backbone.load(origins["semantic"], dtype)
         return cls(vae, unet, scheduler, vision, origins, variant)
+
+    @functools.cached_property
+    def layout(self) -> semantic_backbone.Layout:
+        """How the semantic backbone cuts its canvas: a convolutional one is run to see that, and once is enough."""
+        return semantic_backbone.layout(self.vision)
 
 
 def find_checkpoint(source: PathLike, revision: str | None, access: Access) -> Location:
@@ -133,12 +139,14 @@ def default_config(networks: Networks, settings: dict[str, Any]) -> Config:
             legal="three numbers, passed as semantic_mean= and semantic_std=",
         )
     given_size = "semantic_image_size" in settings
-    native = None if given_size else semantic_backbone.published_size(vision, networks.origins["semantic"])
+    native = (
+        None if given_size else semantic_backbone.published_size(vision, networks.layout, networks.origins["semantic"])
+    )
     if native is None and not given_size:
         raise ConfigError(
             "semantic_image_size",
             "is not known: the semantic backbone does not say what it was trained on",
-            legal=f"a multiple of the patch size {semantic_backbone.layout(vision).patch}",
+            legal=f"a multiple of the patch size {networks.layout.patch}",
         )
     scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
     half = (0.5, 0.5, 0.5)

@@ -24,7 +24,7 @@ from .backbones import diffusion as diffusion_backbone
 from .backbones import semantic as semantic_backbone
 from .backbones.diffusion import DiffusionBackbone, block_widths
 from .backbones.norms import fuse
-from .backbones.semantic import SemanticBackbone
+from .backbones.semantic import Layout, SemanticBackbone
 from .config import BackboneConfig, Config, check_blocks, check_count, check_ensemble, unknown_key
 from .errors import ConfigError, ImageError, LoadError, SketchFusionError
 from .features import Features
@@ -280,7 +280,7 @@ class SketchFusion(nn.Module):
         if config.timestep >= steps:
             raise ConfigError("timestep", f"is {config.timestep}", legal=f"0 to {steps - 1}")
         diffusion = _diffusion(config, networks.vae, networks.unet, networks.scheduler, null_prompt)
-        model = cls(config, diffusion, _semantic(config, networks.vision, diffusion.dtype))
+        model = cls(config, diffusion, _semantic(config, networks.vision, networks.layout, diffusion.dtype))
         model._null_prompt = null_prompt.detach().float()
         model._origins, model._variant = networks.origins, networks.variant
         return model.to(resolve_device(device))
@@ -783,7 +783,8 @@ class SketchFusion(nn.Module):
         self.diffusion = _diffusion(self.config, *networks, self._null_prompt, fold=False).to(self.device)
         if self.semantic.folded:
             vision = semantic_backbone.load(self._origins["semantic"], self.dtype)
-            self.semantic = _semantic(self.config, vision, self.dtype, fold=False).to(self.device)
+            found = semantic_backbone.layout(vision)
+            self.semantic = _semantic(self.config, vision, found, self.dtype, fold=False).to(self.device)
         if checkpointing:
             self.enable_gradient_checkpointing()
         if compiled:
@@ -916,10 +917,12 @@ def _diffusion(
     )
 
 
-def _semantic(config: Config, vision: Any, dtype: torch.dtype, *, fold: bool = True) -> SemanticBackbone:
+def _semantic(config: Config, vision: Any, found: Layout, dtype: torch.dtype, *, fold: bool = True) -> SemanticBackbone:
     fuse(vision)
     sees = config.semantic
-    return SemanticBackbone(vision, dtype=dtype, image_size=sees.image_size, mean=sees.mean, std=sees.std, fold=fold)
+    return SemanticBackbone(
+        vision, found, dtype=dtype, image_size=sees.image_size, mean=sees.mean, std=sees.std, fold=fold
+    )
 
 
 def _extent(images: Any, single: bool) -> tuple[int | None, bool]:

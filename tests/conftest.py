@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from sketchfusion import SketchFusion
@@ -27,6 +29,16 @@ class Done(NamedTuple):
     returncode: int
     stdout: str
     stderr: str
+
+
+def make_convolutional(name: str, **config: Any) -> Any:
+    """A convolutional network of transformers', in eval mode; weights and statistics of batch norms are random."""
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**config)).eval()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(tensor.data, 0.5, 1)
+    return model
 
 
 @pytest.fixture

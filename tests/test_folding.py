@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
+from conftest import make_convolutional
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from sketchfusion import LoadError, SketchFusion
 from sketchfusion.backbones import published, shared_copy
 from sketchfusion.backbones.diffusion import DiffusionBackbone
 from sketchfusion.backbones.folding import FoldedCrossAttention, fold_unet
-from sketchfusion.backbones.semantic import SemanticBackbone
+from sketchfusion.backbones.semantic import SemanticBackbone, layout
 from sketchfusion.fusion.aggregation import Aggregator, Bottleneck
 from sketchfusion.fusion.injection import Adapters
 
@@ -226,15 +226,6 @@ CONVOLUTIONAL: dict[str, dict[str, Any]] = {
 }
 
 
-def make_convolutional(name: str) -> Any:
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**CONVOLUTIONAL[name]))
-    for norm in batch_norms(model):
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            nn.init.uniform_(tensor.data, 0.5, 1)
-    return model.double().eval()
-
-
 def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
 
@@ -242,12 +233,13 @@ def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
 def semantic_backbone(network: Any, **settings: Any) -> SemanticBackbone:
     copied = shared_copy(network)
     means: dict[str, Any] = {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    return SemanticBackbone(copied, dtype=torch.float64, image_size=64, **means, **settings)
+    return SemanticBackbone(copied, layout(copied), dtype=torch.float64, image_size=64, **means, **settings)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_batch_norms_are_folded_into_the_convolutions_before_them(name: str) -> None:
-    plain, pixels = make_convolutional(name), torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    plain = make_convolutional(name, **CONVOLUTIONAL[name]).double()
+    pixels = torch.rand(2, 3, 64, 64, dtype=torch.float64)
     before = plain(pixels).last_hidden_state
     folded, unfolded = semantic_backbone(plain), semantic_backbone(plain, fold=False)
     assert not batch_norms(folded)
@@ -257,7 +249,7 @@ def test_batch_norms_are_folded_into_the_convolutions_before_them(name: str) -> 
 
 
 def test_gates_that_are_always_open_are_left_out() -> None:
-    model = make_convolutional("EfficientNet")
+    model = make_convolutional("EfficientNet", **CONVOLUTIONAL["EfficientNet"]).double()
     gates = [block.squeeze_excite for block in model.encoder.blocks]
     for gate in gates[:3]:
         nn.init.zeros_(gate.expand.weight)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TOKENS, write_diffusion
+from conftest import TOKENS, make_convolutional, write_diffusion
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from hub_server import REFUSALS, HubServer
 from huggingface_hub import ModelCard, constants, file_download
@@ -1007,12 +1007,7 @@ CONVOLUTIONAL: dict[str, dict[str, Any]] = {
 
 def write_convolutional(name: str, folder: Path) -> Any:
     """A network of convolutions with random weights, as published: the size of its images is in one file or another."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**CONVOLUTIONAL[name])
-    model = getattr(transformers, f"{name}Model")(config).eval()
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            nn.init.uniform_(tensor.data, 0.5, 1)
+    model = make_convolutional(name, **CONVOLUTIONAL[name])
     model.save_pretrained(folder)
     written = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 32}}
     (folder / "preprocessor_config.json").write_text(json.dumps(written))

@@ -32,6 +32,7 @@ class SemanticBackbone(Frozen):
 
     Args:
         model: a transformers vision model.
+        found: its `layout`.
         dtype: it is cast to this, once it is folded.
         image_size: side of the canvas it sees, pixels; patches of a transformer's `patch_size` tile it.
         mean, std: pixels in [0, 1] become (pixels - mean) / std.
@@ -42,12 +43,12 @@ class SemanticBackbone(Frozen):
 
     Raises:
         ConfigError: `image_size` is no multiple of the patch size.
-        LoadError: the model gives neither.
     """
 
     def __init__(
         self,
         model: Any,
+        found: Layout,
         *,
         dtype: torch.dtype,
         image_size: int,
@@ -57,7 +58,7 @@ class SemanticBackbone(Frozen):
         fold: bool = True,
     ):
         super().__init__(mean, std)
-        self.width, patch, self.convolutional, norms = layout(model)
+        self.width, patch, self.convolutional, norms = found
         if image_size % patch:
             raise ConfigError("semantic.image_size", f"is {image_size}", legal=f"a multiple of the patch size {patch}")
         self.model, self.image_size, self.grid, self.published = model, image_size, image_size // patch, published
@@ -228,20 +229,23 @@ def published_normalisation(origin: Location | Any) -> tuple[Triple, Triple] | N
         return tuple(mean), tuple(std)
 
 
-def published_size(model: Any, origin: Location | Any) -> int | None:
+def published_size(model: Any, found: Layout, origin: Location | Any) -> int | None:
     """Side of the images it was published to see, in whole patches of pixels, where that is written.
 
     Raises:
         LoadError: the preprocessor's file cannot be read.
     """
-    _, patch, convolutional, _ = layout(model)
     side = _side(getattr(model.config, "image_size", None))
     # A convolutional network has no use for the size in its configuration, which may be any.
-    if (convolutional or side is None) and isinstance(origin, Location) and (preprocessor := _preprocessor(origin)):
+    if (
+        (found.convolutional or side is None)
+        and isinstance(origin, Location)
+        and (preprocessor := _preprocessor(origin))
+    ):
         values = preprocessor[1]
         cropped = values.get("crop_size") if values.get("do_center_crop", True) else None
         side = _side(cropped or values.get("size")) or side
-    return None if side is None else side // patch * patch  # some have a rest that no patch covers
+    return None if side is None else side // found.patch * found.patch  # some have a rest that no patch covers
 
 
 def _side(size: Any) -> int | None:

@@ -40,8 +40,9 @@ class PlainLoop:
         if not alone:
             sees = config.semantic
             vision = SemanticBackbone(
-                networks.vision, dtype=dtype, image_size=sees.image_size, mean=sees.mean, std=sees.std, fold=False
-            )
+                networks.vision, networks.layout, dtype=dtype,
+                image_size=sees.image_size, mean=sees.mean, std=sees.std, fold=False,
+            )  # fmt: skip
             self.semantic = vision.to(device)
             self.adapters.update({site: _plain(conv, dtype) for site, conv in model.adapters.sites.items()})
         self._tokens: Tensor | None = None

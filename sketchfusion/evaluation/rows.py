@@ -203,11 +203,12 @@ def load_encoder(source: str, device: torch.device, dtype: torch.dtype) -> Seman
     origin = find_origin(source, None, Access(None, None, False), MARKERS["semantic"])
     network = semantic.load(origin, dtype)
     normalisation = semantic.published_normalisation(origin)
-    size = semantic.published_size(network, origin)
+    found = semantic.layout(network)
+    size = semantic.published_size(network, found, origin)
     if normalisation is None or size is None:
         missing = f"the size of its images in {MARKERS['semantic']} and {semantic.PREPROCESSORS[0]}"
         if normalisation is None:
             missing = f"{semantic.PREPROCESSORS[0]}, which tells its normalisation"
         raise LoadError(f"{source} lacks {missing}: the row would mean nothing")
     mean, std = normalisation
-    return SemanticBackbone(network, dtype=dtype, image_size=size, mean=mean, std=std, published=True).to(device)
+    return SemanticBackbone(network, found, dtype=dtype, image_size=size, mean=mean, std=std, published=True).to(device)
