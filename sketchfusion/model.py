@@ -180,8 +180,8 @@ class SketchFusion(nn.Module):
             diffusion: another place to take the diffusion backbone from: a folder, a Hub repository (a mirror), or
                 a loaded diffusers pipeline, which is never modified.
             semantic: the same for the semantic backbone: a folder, a repository or a loaded transformers model.
-            compile: compile the backbones with `torch.compile`; the first image then takes minutes. No faster on the
-                CPU it was measured on, never run on a GPU: `sketchfusion bench --compile` tells for your machine.
+            compile: compile the UNet and the semantic backbone with `torch.compile`; the first image then takes up to a
+                minute. Never run on a GPU: `sketchfusion bench --compile` tells what it gains on your machine.
 
         Raises:
             LoadError: naming the repository or file, and what to do.
@@ -316,7 +316,9 @@ class SketchFusion(nn.Module):
 
     def _compile(self) -> None:
         self._graphs.clear()
-        for part in (self.diffusion.vae.encoder, self.semantic.model, *self.diffusion.blocks()):
+        # Not the VAE: Inductor's group norms are slower than torch's on a CPU. And not only the semantic backbone's
+        # model, which pools its map at the end: EfficientNet's pooling is most of the time once it is compiled.
+        for part in (self.semantic, *self.diffusion.blocks()):
             part.compile()
 
     # ---- extracting
@@ -777,7 +779,7 @@ class SketchFusion(nn.Module):
         if not self.diffusion.folded:
             return
         checkpointing = self.diffusion.unet.is_gradient_checkpointing
-        compiled = self.semantic.model._compiled_call_impl is not None
+        compiled = self.semantic._compiled_call_impl is not None
         networks = diffusion_backbone.load(self._origins["diffusion"], self.dtype, self._variant, taps=self.config.taps)
         self._graphs.clear()
         self.diffusion = _diffusion(self.config, *networks, self._null_prompt, fold=False).to(self.device)

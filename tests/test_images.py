@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from sketchfusion import images
@@ -169,6 +170,24 @@ def test_a_list_is_prepared_ahead_whatever_it_holds(tmp_path: Path) -> None:
     assert drawn == [0, 1, 2, 3, 4]
     for future, image in zip(chain([first], prepared), listed, strict=True):
         assert torch.equal(future.result()[0], preprocess(image)[0])
+
+
+def test_readers_leave_the_cores_to_the_network(tmp_path: Path) -> None:
+    """Whatever torch computes in a reader's thread, it computes with a team of threads of its own."""
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    computed = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if out.data_ptr() not in [x.data_ptr() for x in args if isinstance(x, torch.Tensor)]:  # not a view
+                computed.append(func)
+            return out
+
+    with Operators():
+        for image in (tmp_path / "a.png", Image.fromarray(picture()), picture(), torch.from_numpy(picture().T.copy())):
+            Preprocess(64)(image)
+    assert not computed
 
 
 @pytest.mark.filterwarnings("default")  # torch's workers warn of their own accord
