@@ -1077,6 +1077,12 @@ def test_a_network_of_several_grids_is_refused(backbones: dict[str, Path]) -> No
     refused(lambda: features(model), "SwinModel", "16×16 patches", "convolutional network")
 
 
+def test_a_model_whose_vision_tower_is_another_kind_is_refused(backbones: dict[str, Path]) -> None:
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 32, "mlp_dim": 16}
+    sam = transformers.SamModel(transformers.SamConfig(vision_config=tower))
+    refused(lambda: build(backbones["diffusion"], sam, **MEANS), "SamModel", "vision_model", "vision transformer")
+
+
 @pytest.mark.parametrize(
     ("written", "side"),
     [

@@ -183,7 +183,9 @@ def load(origin: Location | Any, dtype: torch.dtype) -> Any:
         model = origin.load(AutoModel, "model", spare="pooler", config=config, dtype=dtype, trust_remote_code=False)
     elif isinstance(origin, nn.Module) and hasattr(origin, "config"):
         copied: Any = shared_copy(origin)
-        model = copied.vision_model if hasattr(copied.config, "vision_config") else copied
+        model = getattr(copied, "vision_model", None) if hasattr(copied.config, "vision_config") else copied
+        if model is None:  # SAM has an encoder, which gives no tokens either
+            raise LoadError(f"{type(origin).__name__} has no vision_model: {PLAIN}")
         model = model.to(_held_in(model.config, dtype))
     else:
         raise LoadError(
