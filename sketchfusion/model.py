@@ -180,8 +180,8 @@ class SketchFusion(nn.Module):
             diffusion: another place to take the diffusion backbone from: a folder, a Hub repository (a mirror), or
                 a loaded diffusers pipeline, which is never modified.
             semantic: the same for the semantic backbone: a folder, a repository or a loaded transformers model.
-            compile: compile the UNet and the semantic backbone with `torch.compile`; the first image then takes up to a
-                minute. Never run on a GPU: `sketchfusion bench --compile` tells what it gains on your machine.
+            compile: compile the UNet and the semantic backbone with `torch.compile`; the first image then takes a
+                minute or more. Never run on a GPU: `sketchfusion bench --compile` tells what it gains on your machine.
 
         Raises:
             LoadError: naming the repository or file, and what to do.
