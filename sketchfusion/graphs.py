@@ -26,6 +26,11 @@ class NotCapturable(RuntimeError):
     """A computation waits for the CPU, or the CPU for it."""
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory was short: the device's, or pinned memory and what graphs take, which torch has no class for."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 class OnDevice(TorchDispatchMode):
     """Raises NotCapturable where an operator reads a value back, or takes a tensor that lies elsewhere.
 
@@ -103,17 +108,20 @@ class Graphs:
         """
         with _lock, torch.cuda.device(device):
             outputs = self._run(key, function, inputs, device)
-        return function(*(value.to(device, non_blocking=True) for value in inputs)) if outputs is None else outputs
+        if outputs is not None:
+            return outputs
+        outputs = function(*(value.to(device, non_blocking=True) for value in inputs))
+        with _lock:  # seen now, and not before: what it makes once, noises for example, is there by then
+            if key not in self._known and key not in self._refused:
+                self._known[key] = None
+                self._drop(len(self._known) - LIMIT)
+        return outputs
 
     def _run(
         self, key: Hashable, function: Function, inputs: Sequence[Tensor], device: torch.device
     ) -> tuple[Tensor, ...] | None:
         """From the graph, captured if it is time to; None where the function has to run as it is written."""
-        if key in self._refused or self._broken is not None:
-            return None
-        if key not in self._known:
-            self._known[key] = None
-            self._drop(len(self._known) - LIMIT)
+        if key in self._refused or key not in self._known or self._broken is not None:
             return None
         self._known.move_to_end(key)
         captured = self._known[key]
@@ -138,8 +146,9 @@ class Graphs:
         # In this thread: its libraries' handles are not made inside of the capture.
         with torch.compiler.set_stance("force_eager"), OnDevice(device):
             answer = function(*held)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+        if self._stream is None or self._stream.device != held[0].device:  # which is numbered, as `device` may not be
+            # Of the streams that torch hands out in turn, no other part of the package takes one of this priority.
+            self._stream = torch.cuda.Stream(device, priority=-1)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()

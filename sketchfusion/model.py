@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -31,9 +32,9 @@ from .features import Features
 from .files import staged
 from .fusion.aggregation import Aggregator, max_pool
 from .fusion.injection import Adapters
-from .graphs import Graphs
+from .graphs import Graphs, out_of_memory
 from .hub import Location
-from .images import Geometry, ImageInput, Preprocess, as_stream, collate, read_ahead
+from .images import READERS, Geometry, ImageInput, Preprocess, as_stream, collate, read_ahead
 from .loading import (
     INSIDE,
     MARKERS,
@@ -469,7 +470,9 @@ class SketchFusion(nn.Module):
                 finish: Callable[[], Features] | None = None
                 try:
                     finish = self._launch(pending[:limit], options, limit, single)
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
                     graphs = self._graphs.clear()
                     if limit == 1 and not graphs:
                         raise SketchFusionError(
@@ -493,7 +496,8 @@ class SketchFusion(nn.Module):
                 yield features
 
         with Progress("encode", "image", total, progress) as bar:
-            for index, prepared in enumerate(read_ahead(noted(), options.preprocess, limit, listed=listed)):
+            ahead = max(limit, 2 * READERS) if listed else limit  # every reader has one to read, whatever the batch
+            for index, prepared in enumerate(read_ahead(noted(), options.preprocess, ahead, listed=listed)):
                 source = sources.popleft()
                 try:
                     pending.append((*prepared.result(), source))
@@ -555,7 +559,7 @@ class SketchFusion(nn.Module):
         """In host memory; of CUDA contiguous copies, there after the event, and made beside the next batch."""
         if self.device.type != "cuda":
             return [None if tensor is None else tensor.to("cpu") for tensor in tensors], None
-        stream = torch.cuda.Stream(self.device)
+        stream = _copying(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             copies: list[Tensor | None] = [None] * len(tensors)
@@ -925,6 +929,12 @@ def _semantic(config: Config, vision: Any, found: Layout, dtype: torch.dtype, *,
     return SemanticBackbone(
         vision, found, dtype=dtype, image_size=sees.image_size, mean=sees.mean, std=sees.std, fold=fold
     )
+
+
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream that features are copied to host memory on: one, since what a stream gave back is not another's."""
+    return torch.cuda.Stream(device)
 
 
 def _extent(images: Any, single: bool) -> tuple[int | None, bool]:

@@ -80,6 +80,8 @@ def test_every_combination_has_a_row_for_every_way(model: SketchFusion) -> None:
         assert row.keys() - {"parts"} == ROW
         assert row["seconds_per_image"] * row["images_per_second"] == pytest.approx(1)
         assert row["tflops"] == pytest.approx(row["tflop_per_image"] * row["images_per_second"])
+        same = row["dtype"] == result["dtype"]
+        assert row["of_peak"] == (pytest.approx(row["tflops"] / result["peak_tflops"]) if same else None)
         assert row["peak_memory_gib"] is None or row["peak_memory_gib"] > 0
         ours = result["rows"][i - i % len(ways)]  # of the same combination
         assert row["ratio"] == pytest.approx(row["seconds_per_image"] / ours["seconds_per_image"])

@@ -4,7 +4,7 @@ import copy
 import pickle
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -45,8 +45,13 @@ class Replayed:
 
 
 class Stream:
+    waited: ClassVar[list[Any]] = []
+
+    def __init__(self, device: Any = CPU, priority: int = 0):
+        self.device, self.priority = device, priority
+
     def wait_event(self, event: Any) -> None:
-        pass
+        self.waited.append(event)
 
     def record_event(self) -> "Stream":
         return self
@@ -117,6 +122,53 @@ def test_what_cannot_be_captured_runs_as_it_is_written(graphs: Graphs, monkeypat
         (found,) = graphs.run("key", lambda x: (x + 1,), [torch.tensor([float(i)])], CPU)
         assert found.item() == i + 1
     assert len(attempts) == 1
+
+
+def test_a_replay_waits_for_the_one_before(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write into the same memory, whatever the streams of their callers."""
+    monkeypatch.setattr(Stream, "waited", [])
+    for _ in range(4):
+        graphs.run("key", lambda x: (x + 1,), [torch.ones(1)], CPU)
+        waited = len(Stream.waited)
+    assert waited == 1
+
+
+def test_a_shape_counts_as_seen_once_it_has_run(graphs: Graphs) -> None:
+    """Another thread would capture what the first run has yet to make: noises, kernels."""
+
+    def overlapped(x: Tensor) -> tuple[Tensor, ...]:
+        graphs.run("key", lambda x: (x + 1,), [torch.ones(1)], CPU)  # as from another thread
+        return (x + 1,)
+
+    graphs.run("key", overlapped, [torch.ones(1)], CPU)
+    assert captured(graphs) == []
+    graphs.run("key", lambda x: (x + 1,), [torch.ones(1)], CPU)
+    assert captured(graphs) == ["key"]
+
+
+def test_a_capture_is_on_a_stream_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model may have been on another before, whose stream records nothing of what is done on this."""
+    streams = []
+
+    def graph(graph: Any, *, stream: Any, **_: Any) -> Any:
+        streams.append(stream)
+        return nullcontext()
+
+    stand_ins = {
+        "graph": graph, "Stream": Stream, "device": lambda device: nullcontext(), "stream": lambda s: nullcontext(),
+        "current_stream": lambda device: Stream(device), "graph_pool_handle": object, "CUDAGraph": object,
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    graphs, devices = Graphs(), [CPU, torch.device("meta")]  # which stand for two GPUs
+    for device in devices:
+        for key in ("first", "second"):
+            for _ in range(2):
+                graphs.run(key, lambda x: (x + 1,), [torch.ones(1, device=device)], device)
+        graphs.clear()
+    assert [stream.device for stream in streams] == [CPU, CPU, *devices[1:] * 2]
+    assert streams[0] is streams[1]
+    assert {stream.priority for stream in streams} == {-1}, "no copy of another thread's is on it"
 
 
 def test_a_copy_captures_its_own(graphs: Graphs) -> None:

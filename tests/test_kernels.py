@@ -14,11 +14,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import write_diffusion, write_semantic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sketchfusion import kernels
+from sketchfusion import SketchFusion, kernels
 from sketchfusion.fusion.aggregation import Aggregator
 from sketchfusion.kernels import group_norm, injection
 
@@ -93,6 +94,13 @@ def test_injection_at_the_sizes_of_a_unet(size: tuple[int, int], grid: tuple[int
     hidden, addition = draw(0, (1, 3, *size), torch.float32), draw(1, (1, 3, *grid), torch.float32)
     expected = injection.reference(hidden.double(), addition.double())
     assert_rounded_once(injection.inject(hidden, addition), expected, 2e-6)
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", [(1, 8, 3, 3), (2, 4, 3, 3)])
+def test_an_injection_of_other_images_or_channels_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="images and channels"):
+        injection.inject(draw(0, (2, 8, 5, 5), torch.float32), draw(1, shape, torch.float32))
 
 
 @runs_kernels
@@ -217,6 +225,26 @@ def test_frozen_group_norms_cost_no_gradients_of_their_weights() -> None:
     again = x.detach().double().requires_grad_()
     group_norm.reference(again, 3, *affine.double(), 1e-5, True).square().sum().backward()
     torch.testing.assert_close(x.grad.double(), again.grad, rtol=1e-4, atol=1e-4)
+
+
+# ---- the whole model
+
+
+@runs_kernels
+def test_the_model_gives_the_same_with_them(tmp_path: Path) -> None:
+    diffusion, semantic = write_diffusion(tmp_path / "diffusion"), write_semantic(tmp_path / "semantic")
+    sizes = {"aggregator_width": 32, "aggregator_grid": 12}
+    model = SketchFusion.from_backbones(diffusion, semantic, dtype="float32", device=DEVICE, **sizes)
+    torch.manual_seed(0)
+    for parameter in model.adapters.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    photo = Path(__file__).parents[1] / "examples" / "images" / "cat.jpg"
+    found = model.encode(photo).dense
+    with patch.object(kernels, "TRITON", False):
+        expected = model.encode(photo).dense
+    # Where a GPU's convolutions round to TF32, what is rounded is not the same to the last bit.
+    assert (found - expected).norm() < (1e-5 if kernels.INTERPRETED else 1e-2) * expected.norm()
+    assert not torch.equal(found, expected)
 
 
 # ---- where they run

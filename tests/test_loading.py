@@ -33,6 +33,7 @@ from sketchfusion.backbones.diffusion import make_null_prompt
 from sketchfusion.config import CLIP_MEAN
 from sketchfusion.data import DataSet, Record
 from sketchfusion.hub import MIRRORS, Location
+from sketchfusion.loading import resolve_dtype
 from sketchfusion.tasks.recognition import Recognition
 from sketchfusion.training.checkpoints import load_head, save_head
 
@@ -1149,6 +1150,23 @@ def test_the_first_stable_diffusions(tmp_path: Path, backbones: dict[str, Path])
     reloaded = load(tmp_path / "complete")
     model.save_pretrained(tmp_path / "named")
     assert same(reloaded, load(tmp_path / "named"))
+
+
+@pytest.mark.parametrize(
+    ("device", "fast", "dtype"),
+    [
+        ("cuda", False, torch.float16),
+        ("cpu", True, torch.bfloat16),
+        ("cpu", False, torch.float32),
+        ("mps", True, torch.float32),
+    ],
+)
+def test_the_dtype_is_what_the_device_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch, device: str, fast: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert resolve_dtype("auto", torch.device(device)) is dtype
 
 
 # ---- saving

@@ -298,14 +298,20 @@ def test_a_stream_that_is_left_leaves_no_threads(model: SketchFusion, tmp_path: 
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sketchfusion-reader")]
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
+OUT_OF_MEMORY = [torch.OutOfMemoryError("simulated"), torch.AcceleratorError("CUDA error: out of memory")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    model: SketchFusion, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     sizes = []
     forward = model.diffusion.forward
 
     def cramped(latents: torch.Tensor, *arguments: Any, **keywords: Any) -> dict[str, torch.Tensor]:
         sizes.append(len(latents))
         if len(latents) > 2:
-            raise torch.OutOfMemoryError("simulated")
+            raise error
         return forward(latents, *arguments, **keywords)
 
     expected, one = model.encode(PICTURES), model.encode(PICTURES[0], ensemble=8)
@@ -323,6 +329,15 @@ def test_out_of_memory_for_one_image_is_one_clear_error(model: SketchFusion, mon
 
     monkeypatch.setattr(model.diffusion, "forward", full)
     with pytest.raises(SketchFusionError, match="out of memory"):
+        model.encode(PICTURES[:2])
+
+
+def test_another_error_is_not_taken_for_it(model: SketchFusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Features:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(model.diffusion, "forward", broken)
+    with pytest.raises(RuntimeError, match="something else"):
         model.encode(PICTURES[:2])
 
 

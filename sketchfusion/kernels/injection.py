@@ -98,6 +98,8 @@ if TRITON:
     def fused(hidden: Tensor, addition: Tensor) -> Tensor:
         n, channels, h, w = hidden.shape
         t, u = addition.shape[-2:]
+        if addition.shape[:2] != hidden.shape[:2]:  # the kernel would read beyond its end
+            raise ValueError(f"{tuple(addition.shape)} is not of the images and channels of {tuple(hidden.shape)}")
         hidden = hidden.contiguous(memory_format=torch.channels_last)
         if addition.stride(1) != 1:
             addition = addition.contiguous(memory_format=torch.channels_last)
