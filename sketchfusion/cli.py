@@ -126,6 +126,8 @@ def encode(
     """
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError("--out", f"the folder {out.parent} does not exist", legal="a file in a folder that does")
+    if out is not None and not os.access(out.resolve().parent, os.W_OK):
+        raise ConfigError("--out", f"the folder {out.parent} cannot be written to", legal="a file in one that can")
     if out is not None and out.is_dir():
         raise ConfigError("--out", f"{out} is a folder", legal="a file")
 

@@ -143,6 +143,14 @@ def test_usage_errors_are_one_line_and_exit_code_2(run: Run, arguments: list[str
     assert "--help" in done.stderr
 
 
+def test_a_folder_that_cannot_be_written_to_is_known_before_the_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
+    done = run("encode", "nothing.png", "--out", "f.safetensors")
+    assert done.returncode == 2
+    assert "--out" in done.stderr
+    assert "cannot be written to" in done.stderr
+
+
 def test_the_readmes_command_encodes_images_that_are_there() -> None:
     makefile = (IMAGES.parents[1] / "Makefile").read_text()
     named = re.findall(r"examples/images/\S+", makefile)

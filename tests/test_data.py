@@ -31,7 +31,7 @@ from sketchfusion.data import (
     split,
 )
 from sketchfusion.data.splits import split_sketches
-from sketchfusion.errors import ConfigError, ImageError
+from sketchfusion.errors import ConfigError, ImageError, SketchFusionError
 from sketchfusion.strokes import Strokes
 
 RENDERED = "tx_000000000000"
@@ -423,6 +423,22 @@ def test_images_are_found_in_order_and_evenly(tmp_path: Path) -> None:
     assert find_images(tmp_path, 100) == expected
     assert find_images(tmp_path, 4) == [expected[i] for i in (0, 3, 6, 9)]
     assert find_images(expected[0], 4) == expected[:1]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, scan = tmp_path / "closed", os.scandir
+    closed.mkdir()
+    (tmp_path / "a.png").touch()
+
+    def refused(path: Any) -> Any:
+        if os.fspath(path) == os.fspath(closed):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # root may read everything
+    for place in (tmp_path, closed):
+        with pytest.raises(SketchFusionError, match="closed cannot be read: Permission denied"):
+            find_images(place)
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:

@@ -781,6 +781,14 @@ def vision(folder: Path) -> CLIPVisionModel:
     return CLIPVisionModel.from_pretrained(folder)
 
 
+def test_a_tokenizer_that_does_not_say_its_length(backbones: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(backbones["diffusion"], tmp_path / "sd")
+    settings = tmp_path / "sd" / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if "max" not in k}))
+    prompts = [make_null_prompt(Location(str(place))) for place in (backbones["diffusion"], tmp_path / "sd")]
+    assert torch.equal(*prompts)
+
+
 def test_commits_are_recorded(
     hub: HubServer, backbones: dict[str, Path], parts: dict[str, Path], tmp_path: Path
 ) -> None:

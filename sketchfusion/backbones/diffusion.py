@@ -294,7 +294,8 @@ def make_null_prompt(origin: Location | Any, variant: str | None = None) -> Tens
         encoder, tokenizer = _load_text_encoder(origin, variant)
     except MissingFile as error:
         raise LoadError(f"{error}: pass null_prompt=, the embedding of the empty prompt, to do without") from error
-    ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)  # the first may not be known
+    ids = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids
     if (
         ids[0, :2].tolist() != [tokenizer.bos_token_id, tokenizer.eos_token_id]
         or ids.max() >= encoder.config.vocab_size

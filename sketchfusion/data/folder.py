@@ -69,7 +69,7 @@ def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]
 
     Raises:
         ConfigError: the limit is below 1.
-        SketchFusionError: there is nothing of that name, or no image in it.
+        SketchFusionError: there is nothing of that name, no image in it, or a folder that cannot be read.
     """
     if limit is not None:
         check_count("limit", limit)
@@ -78,9 +78,13 @@ def find_images(place: str | os.PathLike, limit: int | None = None) -> list[str]
         return [str(place)]
     if not place.is_dir():
         raise SketchFusionError(f"{place}: there is no folder and no image of that name")
+
+    def refuse(error: OSError) -> None:
+        raise SketchFusionError(f"{error.filename} cannot be read: {error.strerror}") from error
+
     found: list[Path] = []
     entered = set()
-    for folder, inside, names in os.walk(place, followlinks=True):
+    for folder, inside, names in os.walk(place, followlinks=True, onerror=refuse):
         inside[:] = [name for name in inside if name[0] != "."]
         if (real := os.path.realpath(folder)) in entered:  # a link that leads back
             inside.clear()
